@@ -1,0 +1,78 @@
+"""The only source of random numbers in the library: a key names a sample, and the key alone decides its noise.
+
+Nothing here reads or sets a global random state (Cellpose reseeds numpy every epoch, MONAI's loader reseeds workers), and
+noise is always drawn on the CPU, so that the same key gives the same noise on every device.
+Source of the idea: per-sample generators of NVlabs/edm2; counter-based Philox (Salmon et al., SC 2011) for numpy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from synthaug.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class SampleKey:
+    """A name for one sample, from which all of its random numbers follow.
+
+    Args:
+        seed: The user's seed.
+        path: What the sample is: words and counters, for example `("cell", lane, block, index)`.
+
+    >>> key = SampleKey(0).child("cell", 3)
+    >>> key == SampleKey(0, ("cell", 3)), key.integer() == SampleKey(1, ("cell", 3)).integer()
+    (True, False)
+    >>> bool(torch.equal(torch.rand(2, generator=key.generator()), torch.rand(2, generator=key.generator())))
+    True
+    """
+
+    seed: int
+    path: tuple[int | str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, int | np.integer):
+            raise InputError("seed", expected="an integer", got=repr(self.seed))
+
+    def child(self, *parts: int | str) -> SampleKey:
+        """The key of a part of this sample."""
+        return SampleKey(self.seed, self.path + parts)
+
+    def digest(self) -> bytes:
+        """16 bytes that depend on the seed and on every part of the path, words and numbers kept apart."""
+        text = "\x1f".join([str(int(self.seed))] + [f"{'s' if isinstance(p, str) else 'i'}{p}" for p in self.path])
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+    def integer(self) -> int:
+        """A 63-bit integer, for generators that take a plain seed (MONAI's `set_random_state`, say)."""
+        return int.from_bytes(self.digest()[:8], "little") >> 1
+
+    def generator(self) -> torch.Generator:
+        """A fresh CPU `torch.Generator` at the start of this key's stream."""
+        return torch.Generator().manual_seed(self.integer())
+
+    def numpy(self) -> np.random.Generator:
+        """A fresh numpy generator (Philox) at the start of this key's stream."""
+        return np.random.Generator(np.random.Philox(key=int.from_bytes(self.digest(), "little")))
+
+
+def normal(keys: Sequence[SampleKey], shape: Sequence[int]) -> Tensor:
+    """Standard normal noise, float32 `[len(keys), *shape]`; row i depends on `keys[i]` alone."""
+    out = torch.empty((len(keys), *shape))
+    for row, key in zip(out, keys):
+        row.copy_(torch.randn(tuple(shape), generator=key.generator()))
+    return out
+
+
+def uniform(keys: Sequence[SampleKey], shape: Sequence[int]) -> Tensor:
+    """Uniform noise in [0, 1), float32 `[len(keys), *shape]`; row i depends on `keys[i]` alone."""
+    out = torch.empty((len(keys), *shape))
+    for row, key in zip(out, keys):
+        row.copy_(torch.rand(tuple(shape), generator=key.generator()))
+    return out
