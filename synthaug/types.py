@@ -52,7 +52,9 @@ class Batch:
 
     def select(self: T, index: Tensor | slice) -> T:
         """The samples at `index` (LongTensor or slice), in that order."""
-        return replace(self, **{f.name: v[index] for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)})
+        return replace(
+            self, **{f.name: v[index] for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        )
 
     def to(self: T, device: str | torch.device) -> T:
         """The same batch on another device."""
@@ -126,7 +128,9 @@ class Cells(Batch):
         _check(name, "scale", self.scale, 1, torch.float32)
         super().__post_init__()
         if self.image.shape != self.sdf.shape:
-            raise InputError(name, expected="image and sdf of one shape", got=f"{self.image.shape} and {self.sdf.shape}")
+            raise InputError(
+                name, expected="image and sdf of one shape", got=f"{self.image.shape} and {self.sdf.shape}"
+            )
 
     @property
     def mask(self) -> Tensor:

@@ -1,0 +1,326 @@
+"""The command line: fit, generate, preview, info, evaluate, demo.
+
+A user's mistake ends with exit code 2 and one line; `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from synthaug.errors import InputError, SynthAugError
+
+app = typer.Typer(
+    help="Learns your cells from a few annotated images and makes fresh, labelled populations of them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+FRAMES_AT_ONCE = 4
+"""Frames generated together by `generate`; bounds memory."""
+
+REUSE = 4
+"""How often `generate` uses a cell (turned, flipped and rescaled in brightness every time)."""
+
+
+class Format(StrEnum):
+    """Layouts `generate` writes."""
+
+    folder = "folder"
+    ctc = "ctc"
+    cellpose = "cellpose"
+    stardist = "stardist"
+
+
+Size = Annotated[str, typer.Option(help="Height x width in pixels, for example 256x256.")]
+Seed = Annotated[int, typer.Option(help="Every number comes from it.")]
+
+
+def say(line: str) -> None:
+    """A line of progress: styled on a terminal, plain otherwise."""
+    from rich.console import Console
+
+    if sys.stderr.isatty():
+        Console(stderr=True).log(line, markup=False)
+    else:
+        print(line, file=sys.stderr, flush=True)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(Y, X) of "256x256" or "256".
+
+    >>> parse_size("256x128"), parse_size("64")
+    ((256, 128), (64, 64))
+    """
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(p.strip().isdigit() for p in parts):
+        raise InputError("--size", expected="height x width, for example 256x256", got=repr(text))
+    numbers = [int(p) for p in parts]
+    return numbers[0], numbers[-1]
+
+
+@app.command()
+def fit(
+    data: Annotated[Path, typer.Argument(help="Folder of images with instance labels.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new cascade.")],
+    start: Annotated[
+        str,
+        typer.Option("--from", help='Cascade to adapt: "auto", an embedded name, a folder, a hub id, or "scratch".'),
+    ] = "auto",
+    budget: Annotated[float, typer.Option(help="Minutes for everything.")] = 20.0,
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted fit.")] = False,
+    val: Annotated[Path | None, typer.Option(help="Held-out images with labels, for the report only.")] = None,
+    pixel_size_um: Annotated[float | None, typer.Option(help="Pixel size in micrometres.")] = None,
+    data_card: Annotated[Path | None, typer.Option(help="Text about the data for the model card.")] = None,
+    num_images: Annotated[int | None, typer.Option(help="Use only the first so many images.")] = None,
+) -> None:
+    """Train every stage on annotated images, in one command."""
+    from synthaug.cascade import Cascade
+    from synthaug.datasets.crops import extract_crops
+    from synthaug.training import fit as training
+
+    pairs = read_pairs(data)[:num_images]
+    held_out = read_pairs(val) if val else None
+    text = data_card.read_text() if data_card else ""
+    if start == "auto":
+        note = out.with_name(f"{out.name}.fit") / "fit.json"
+        if resume and note.is_file():
+            start = json.loads(note.read_text())["start"]
+        else:
+            start = training.choose_start(extract_crops(pairs).image.shape[-1])
+        say(f"adapting {start}" if start != training.SCRATCH else "training from scratch")
+    training.fit(
+        pairs,
+        out,
+        start=start,
+        budget_minutes=budget,
+        seed=seed,
+        resume=resume,
+        pixel_size_um=pixel_size_um,
+        data_card=text,
+        log=say,
+    )
+    write_preview(Cascade.from_pretrained(out), pairs, held_out, out / "preview", seed, say)
+    typer.echo(f"{out}: done. Look at {out / 'preview' / 'sheet.html'}")
+
+
+@app.command()
+def generate(
+    cascade: Annotated[str, typer.Argument(help="Embedded name, folder or hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+    num: Annotated[int, typer.Option(min=1, help="Image-label pairs.")] = 100,
+    size: Size = "256x256",
+    format: Annotated[Format, typer.Option(help="Layout of the folder.")] = Format.folder,
+    seed: Seed = 0,
+    clustering: Annotated[float | None, typer.Option(min=0, max=1, help="Chance to sit next to a cell.")] = None,
+    num_cells: Annotated[int | None, typer.Option(min=0, help="Cells an image; default: as in the real data.")] = None,
+    background: Annotated[str, typer.Option(help='"model", or "real" for regions of real frames.')] = "model",
+) -> None:
+    """Write synthetic image-label pairs; run again after an interruption, it goes on where it stopped."""
+    from synthaug.cascade import Cascade
+    from synthaug.datasets.writers import count_written, write_pairs
+    from synthaug.generators.stage import write_atomic
+
+    shape = parse_size(size)
+    model = Cascade.from_pretrained(cascade)
+    request = {
+        "cascade": model.fingerprint(),
+        "size": list(shape),
+        "format": format.value,
+        "seed": seed,
+        "clustering": clustering,
+        "num_cells": num_cells,
+        "background": background,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    note = out / "synthaug.json"
+    if note.is_file() and json.loads(note.read_text()) != request:
+        raise InputError(
+            "--out", expected="a new folder, or one begun with the same settings", got=str(out), remedy=f"See {note}."
+        )
+    write_atomic(note, (json.dumps(request, indent=2) + "\n").encode())
+    done = count_written(out, format.value)
+    if done:
+        say(f"{done} pairs are there already")
+    settings = {"num_cells": num_cells, "clustering": clustering, "background": background}
+    stream = frames(model, shape, seed, done, num, **settings)
+    write_pairs(stream, out, format=format.value, dtype=model.config.intensity, start=done)
+    typer.echo(f"{out}: {num} pairs in {format.value} layout")
+
+
+@app.command()
+def preview(
+    cascade: Annotated[str, typer.Argument(help="Embedded name, folder or hub id.")],
+    real: Annotated[Path, typer.Option(help="Real images with labels, to stand beside.")],
+    out: Annotated[Path, typer.Option(help="Folder for sheet.html and sheet.png.")],
+    val: Annotated[Path | None, typer.Option(help="Held-out real images with labels, for the numbers.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Real beside synthetic: a self-contained HTML page, a PNG, and the numbers."""
+    from synthaug.cascade import Cascade
+
+    held_out = read_pairs(val) if val else None
+    write_preview(Cascade.from_pretrained(cascade), read_pairs(real), held_out, out, seed, say)
+    typer.echo(str(out / "sheet.html"))
+
+
+@app.command()
+def evaluate(
+    cascade: Annotated[str, typer.Argument(help="Embedded name, folder or hub id.")],
+    train: Annotated[Path, typer.Option(help="The real images the cascade was fitted to.")],
+    val: Annotated[Path, typer.Option(help="Held-out real images.")],
+    num: Annotated[int, typer.Option(help="Synthetic images.")] = 60,
+    size: Size = "256x256",
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
+) -> None:
+    """How real is it: distances synthetic - real beside real - real, and near-copies of training cells."""
+    from synthaug.cascade import Cascade
+    from synthaug.evaluation.realism import realism_report
+    from synthaug.generators.stage import write_atomic
+
+    model = Cascade.from_pretrained(cascade)
+    synthetic = list(frames(model, parse_size(size), seed, 0, num))
+    report = realism_report(read_pairs(train), read_pairs(val), synthetic)
+    typer.echo(report.table())
+    if out:
+        write_atomic(out, (json.dumps(report.as_dict(), indent=2) + "\n").encode())
+
+
+@app.command()
+def info(cascade: Annotated[str | None, typer.Argument(help="Embedded name, folder or hub id.")] = None) -> None:
+    """What a cascade is made of; without a name, the embedded ones."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from synthaug.cascade import Cascade, embedded_cascades, find_cascade
+
+    if cascade is None:
+        for name in embedded_cascades():
+            typer.echo(name)
+        return
+    folder = find_cascade(cascade)
+    model = Cascade.from_pretrained(cascade)
+    table = Table(title=f"{model.config.name} ({folder})", show_header=False)
+    table.add_row("crop", f"{model.crop_size} px")
+    table.add_row("smallest instance", f"{model.config.min_area} px")
+    table.add_row("pixel size", f"{model.config.pixel_size_um} um" if model.config.pixel_size_um else "unknown")
+    table.add_row("camera counts", model.config.intensity)
+    table.add_row("clustering probability", f"{model.population.config.clustering:.2f}")
+    for name, stage in model.stages().items():
+        parameters = sum(p.numel() for p in stage.parameters())
+        table.add_row(name, f"{parameters / 1e6:.2f} M parameters" if parameters else "fitted tables")
+    size = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
+    table.add_row("size on disk", f"{size / 1e6:.1f} MB")
+    table.add_row("fingerprint", model.fingerprint()[:16])
+    Console().print(table)
+    card = folder / "README.md"
+    if card.is_file():
+        typer.echo(card.read_text())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the sheet, the pictures and the numbers.")] = Path("demo"),
+    minutes: Annotated[float, typer.Option(help="Training minutes for each of the two networks.")] = 2.5,
+    seed: Seed = 0,
+) -> None:
+    """Train a small network on a 50:50 stream and on the real images alone, side by side, on bundled real images."""
+    from synthaug.evaluation.demo import run_demo
+
+    run_demo(out, minutes=minutes, seed=seed, log=say)
+
+
+def read_pairs(path: Path) -> list[Any]:
+    """All pairs of a folder in memory."""
+    from synthaug.datasets.readers import open_pairs
+
+    pairs = open_pairs(path)
+    return [pairs.read(i) for i in range(len(pairs))]
+
+
+def frames(
+    model: Any,
+    size: tuple[int, int],
+    seed: int,
+    start: int,
+    stop: int,
+    *,
+    num_cells: int | None = None,
+    **settings: Any,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs number `start` to `stop`; pair i depends on (cascade, settings, seed, i) alone.
+
+    Frames are made in fixed groups. The fresh cells of a group serve all of its frames, each `REUSE` times at the most.
+    """
+    from synthaug.randomness import SampleKey
+
+    for group in range(start // FRAMES_AT_ONCE, -(-stop // FRAMES_AT_ONCE)):
+        first = group * FRAMES_AT_ONCE
+        keys = [SampleKey(seed, ("frame", first + i)) for i in range(FRAMES_AT_ONCE)]
+        asked = model.num_cells(keys, size, num_cells=num_cells)
+        # At least as many fresh cells as the fullest frame needs, so that no frame shows a cell twice.
+        fresh = max(-(-sum(asked) // REUSE), *asked, 1)
+        cells = model.cells([SampleKey(seed, ("group", group, "cell", i)) for i in range(fresh)])
+        made = model.populate(cells, keys, size, num_cells=num_cells, **settings)
+        for i in range(FRAMES_AT_ONCE):
+            if start <= first + i < stop:
+                yield made.image[i, 0].numpy(), made.labels[i, 0].numpy()
+
+
+def write_preview(model: Any, real: list[Any], held_out: list[Any] | None, out: Path, seed: int, log: Any) -> None:
+    """sheet.html, sheet.png and realism.json: `real` beside as many synthetic frames, numbers against `held_out`.
+
+    Without held-out images the real ones are split in two halves for the numbers.
+    """
+    from synthaug.evaluation.realism import realism_report
+    from synthaug.evaluation.sheet import write_contact_sheet, write_sheet
+    from synthaug.generators.stage import write_atomic
+
+    out.mkdir(parents=True, exist_ok=True)
+    shape = tuple(min(256, *(p[0].shape[axis] for p in real)) for axis in (0, 1))
+    log(f"generating {PREVIEW_FRAMES} synthetic frames")
+    synthetic = list(frames(model, (shape[0], shape[1]), seed, 0, PREVIEW_FRAMES))
+    report = None
+    train, val = (real, held_out) if held_out else (real[::2], real[1::2])
+    if len(real) + len(held_out or []) >= 4:
+        report = realism_report(train, val, synthetic)
+        write_atomic(out / "realism.json", (json.dumps(report.as_dict(), indent=2) + "\n").encode())
+        log(report.table())
+    shown = held_out or real
+    write_sheet(
+        out / "sheet.html", shown, synthetic, title=f"{model.config.name}: real beside synthetic", report=report
+    )
+    write_contact_sheet(out / "sheet.png", shown, synthetic)
+
+
+PREVIEW_FRAMES = 40
+
+
+def main() -> None:
+    """Entry point of the `synthaug` command."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    # Progress bars of the model library would interleave with our own lines.
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    try:
+        app()
+    except (SynthAugError, FileNotFoundError) as error:
+        if debug:
+            raise
+        print(f"synthaug: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("synthaug: interrupted; what was done so far is kept", file=sys.stderr)
+        sys.exit(130)

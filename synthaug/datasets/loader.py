@@ -1,0 +1,94 @@
+"""`SynthLoader`: a DataLoader that knows how far the training got, which its workers, reading ahead, do not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from synthaug.datasets.bank import StreamStats
+from synthaug.datasets.progress import MAX_WORKERS
+from synthaug.errors import InputError
+
+if TYPE_CHECKING:
+    from synthaug.datasets.synth import SynthDataset
+
+STATS_KEY = "_synthaug_stats"
+
+
+class SynthLoader(DataLoader):
+    """A `torch.utils.data.DataLoader` for a `SynthDataset`.
+
+    It counts the batches in the main process as the training takes them, so `state_dict()` resumes exactly, with any
+    other number of workers. Workers stay alive between epochs unless told otherwise, as they hold the cells in play.
+
+    Args:
+        dataset: The stream.
+        num_workers: Processes; 0 for a cascade on CUDA.
+        **settings: DataLoader's own, but for `batch_size`, which belongs to the stream.
+
+    Raises:
+        InputError: Workers for a cascade on CUDA, or settings that would batch or shuffle the stream once more.
+    """
+
+    dataset: SynthDataset
+
+    def __init__(self, dataset: SynthDataset, num_workers: int = 0, **settings: Any) -> None:
+        for name in ("batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"):
+            value = settings.pop(name, None)
+            if value:
+                raise InputError(
+                    name,
+                    expected="nothing, as SynthDataset yields whole batches in an order of its own",
+                    got=repr(value),
+                    remedy="Set batch_size on SynthDataset.",
+                )
+        if num_workers:
+            check_workers(dataset.cascade.device, num_workers)
+            dataset.warn_of_lanes(num_workers)
+            settings.setdefault("persistent_workers", True)
+        super().__init__(dataset, batch_size=None, num_workers=num_workers, **settings)
+
+    def __iter__(self) -> Any:
+        if self.num_workers == 0:
+            return super().__iter__()
+        return self._counted(self.dataset.launch(super().__iter__))
+
+    def _counted(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for batch in batches:
+            stats = batch.pop(STATS_KEY)
+            self.dataset.count(StreamStats(**{**stats, "rejects": Counter(stats["rejects"])}))
+            yield batch
+
+    def stats(self) -> StreamStats:
+        """What went into the batches taken so far, over all workers."""
+        return self.dataset.stats()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training is in the stream, see `SynthDataset.state_dict`."""
+        return self.dataset.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on there with the next `iter()`."""
+        self.dataset.load_state_dict(state)
+
+
+def check_workers(device: torch.device | str, num_workers: int) -> None:
+    """Refuse DataLoader workers where they cannot work.
+
+    Raises:
+        InputError: The cascade is on CUDA, or there are more workers than the stream can tell apart.
+    """
+    if torch.device(device).type == "cuda":
+        raise InputError(
+            "num_workers",
+            expected="0 with a cascade on CUDA",
+            got=num_workers,
+            remedy="CUDA lives in one process: with num_workers=0 a thread of its own makes the cells while you train; "
+            "or move the cascade to the CPU.",
+        )
+    if num_workers > MAX_WORKERS:
+        raise InputError("num_workers", expected=f"at most {MAX_WORKERS}", got=num_workers)

@@ -1,0 +1,220 @@
+"""Makes the batches of a stream: a pure function of cascade, config and seed, to be entered anywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from synthaug.datasets.bank import Bank, Frame, Plan, StreamStats, no_cells
+from synthaug.datasets.mixing import Mix, exact_ratio, read_real
+from synthaug.datasets.producer import SerialThread
+from synthaug.errors import InputError
+from synthaug.randomness import SampleKey
+
+STREAM_VERSION = 1
+"""Raised whenever the same config gives other batches than before."""
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """All that decides a stream besides the cascade, the real samples and the transform; see `SynthDataset`."""
+
+    size: tuple[int, ...]
+    batch_size: int
+    synthetic_ratio: Fraction
+    seed: int
+    max_reuse: int
+    num_cells: int | tuple[int, int] | None
+    density: float | None
+    clustering: float | None
+    background: str
+    num_lanes: int
+    on_starve: str
+
+    def __post_init__(self) -> None:
+        size = self.size
+        if not isinstance(size, tuple) or len(size) not in (2, 3) or not all(_is_count(s) and s > 0 for s in size):
+            raise InputError("size", expected="(Y, X) or (Z, Y, X) in pixels", got=repr(size))
+        for name in ("batch_size", "max_reuse", "num_lanes"):
+            if not _is_count(getattr(self, name)) or getattr(self, name) < 1:
+                raise InputError(name, expected="a whole number >= 1", got=repr(getattr(self, name)))
+        object.__setattr__(self, "synthetic_ratio", exact_ratio(self.synthetic_ratio))
+        SampleKey(self.seed)
+        check_population(self.num_cells, self.density, self.clustering, self.background)
+        if self.on_starve not in ("wait", "reuse"):
+            raise InputError("on_starve", expected='"wait" or "reuse"', got=repr(self.on_starve))
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the bits, as plain JSON values. `on_starve` does not: "reuse" departs only where it has to."""
+        values = dataclasses.asdict(self) | {"synthetic_ratio": str(self.synthetic_ratio), "stream": STREAM_VERSION}
+        del values["on_starve"]
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+class Stream:
+    """One process's share of a stream: plan, bank, and the two threads that make cells and batches.
+
+    Args:
+        config: What the stream is.
+        cascade: Makes cells and populations.
+        real: Map-style data set of real samples, or None.
+        transform: Applied to every sample, or None.
+        num_real: Its length.
+        slots: The slots of each batch that this rank makes.
+    """
+
+    def __init__(
+        self,
+        config: StreamConfig,
+        cascade: Any,
+        real: Any,
+        transform: Callable[[dict[str, Any]], Mapping[str, Any]] | None,
+        num_real: int,
+        slots: range,
+    ) -> None:
+        self.config, self.cascade, self.real, self.transform, self.slots = config, cascade, real, transform, slots
+        self.mix = Mix(config.batch_size, config.synthetic_ratio, config.seed, num_real)
+        self._wishes = {"num_cells": config.num_cells, "density": config.density}
+        self.plan = Plan(
+            self.mix, config.seed, config.num_lanes, cascade.block_size, config.max_reuse, self._count_cells
+        )
+        self._producer = SerialThread("synthaug-producer", cascade.device)
+        self._composer = SerialThread("synthaug-composer", cascade.device)
+        self.bank = Bank(cascade, self.plan, config.on_starve, self._producer)
+
+    def batch(self, batch: int, upcoming: Sequence[int] = ()) -> tuple[dict[str, Any], StreamStats]:
+        """Global batch number `batch` (this rank's slots), and what making it took.
+
+        Args:
+            batch: Which one.
+            upcoming: The batches that will be asked for next; the producer works ahead on them.
+        """
+        return self._composer.submit(self._make, batch, upcoming).result()
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._producer.close()
+        self._composer.close()
+
+    def _count_cells(self, keys: list[SampleKey]) -> Sequence[int]:
+        return self.cascade.num_cells(keys, self.config.size, **self._wishes)
+
+    def _make(self, batch: int, upcoming: Sequence[int]) -> tuple[dict[str, Any], StreamStats]:
+        stats = self.bank.stats = StreamStats(batches=1)
+        frames = self.plan.frames(batch, self.slots)
+        self.bank.order(frames)
+        for ahead in upcoming:
+            self.bank.order(self.plan.frames(ahead, self.slots))
+        synthetic = {frame.slot: frame for frame in frames}
+        is_synthetic = set(self.mix.synthetic_slots(batch))
+        real_slots = [slot for slot in range(self.config.batch_size) if slot not in is_synthetic]
+        real = dict(zip(real_slots, self.mix.real_indices(batch)))
+        samples, starved = [], False
+        for slot in self.slots:
+            key = SampleKey(self.config.seed, ("sample", batch, slot))
+            if slot in synthetic:
+                image, label, late = self._synthesize(synthetic[slot], stats)
+                starved |= late
+                what = f"synthetic sample {slot} of batch {batch}"
+            else:
+                image, label = read_real(self.real, real[slot], self.config.size, key.child("crop"))
+                what = f"real[{real[slot]}], sample {slot} of batch {batch}"
+            samples.append(self._transform({"image": image, "label": label}, key, what))
+        stats.synthetic, stats.real = len(frames), len(self.slots) - len(frames)
+        stats.starved_batches = int(starved)
+        self.bank.retire(batch, batch % self.config.num_lanes)
+        made = collate(samples)
+        made["synthetic"] = torch.tensor([slot in synthetic for slot in self.slots])
+        return made, stats
+
+    def _synthesize(self, frame: Frame, stats: StreamStats) -> tuple[Tensor, Tensor, bool]:
+        cells, late = self.bank.take(frame)
+        num = len(cells) if cells is not None else 0
+        # One frame a call: whatever the batch sizes of ranks and workers, no frame's bits can depend on its neighbours.
+        population = self.cascade.populate(
+            cells if cells is not None else no_cells(self.cascade.crop_size, self.cascade.device),
+            [frame.key],
+            self.config.size,
+            picks=[torch.arange(num, device=self.cascade.device)],
+            clustering=self.config.clustering,
+            background=self.config.background,
+            **self._wishes,
+        )
+        stats.requested += int(population.num_requested.sum())
+        stats.placed += int(population.num_placed.sum())
+        return population.image[0].cpu(), population.labels[0].cpu(), late
+
+    def _transform(self, sample: dict[str, Any], key: SampleKey, what: str) -> Mapping[str, Any]:
+        if self.transform is None:
+            return sample
+        if hasattr(self.transform, "set_random_state"):  # MONAI's Randomizable, Compose among them
+            self.transform.set_random_state(seed=key.child("transform").integer() % 2**32)
+        try:
+            sample = self.transform(sample)  # type: ignore[assignment]
+        except Exception as error:
+            error.add_note(f"synthaug: in the transform of {what}")
+            raise
+        if not isinstance(sample, Mapping) or not {"image", "label"} <= set(sample):
+            got = f"keys {sorted(map(str, sample))}" if isinstance(sample, Mapping) else type(sample).__name__
+            raise InputError(
+                "transform",
+                expected='a dict with "image" and "label" for every sample',
+                got=got,
+                remedy="Transforms that cut one sample into several belong behind the loader.",
+            )
+        return sample
+
+
+def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Samples as one batch of plain tensors; keys beside image and label that a transform adds come along."""
+    batch: dict[str, Any] = {}
+    for key in samples[0]:
+        try:
+            parts = [torch.as_tensor(sample[key]) for sample in samples]
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            if key in ("image", "label"):
+                raise
+            continue  # text and other luggage of a transform
+        parts = [part.as_subclass(Tensor) for part in parts]  # MetaTensors
+        if len({part.shape for part in parts}) > 1:
+            shapes = sorted({tuple(part.shape) for part in parts})
+            raise InputError(
+                f"transform, key {key!r}",
+                expected="one shape for all samples of a batch",
+                got=shapes,
+                remedy="Let it end with a crop or resize to a fixed size.",
+            )
+        if len({part.dtype for part in parts}) > 1:
+            raise InputError(f"transform, key {key!r}", expected="one dtype", got={str(part.dtype) for part in parts})
+        batch[key] = torch.stack(parts)
+    return batch
+
+
+def check_population(num_cells: Any, density: Any, clustering: Any, background: Any) -> None:
+    """Look at the arguments that say how populated a frame is, before any work is spent."""
+    if num_cells is not None:
+        bounds = num_cells if isinstance(num_cells, tuple) else (num_cells, num_cells)
+        if len(bounds) != 2 or not all(_is_count(n) for n in bounds) or not 0 <= bounds[0] <= bounds[1]:
+            raise InputError("num_cells", expected="a whole number, (low, high), or None", got=repr(num_cells))
+        if density is not None:
+            raise InputError(
+                "density", expected="None beside num_cells", got=repr(density), remedy="Give one of the two."
+            )
+    if density is not None and not (isinstance(density, int | float) and 0 <= density < math.inf):
+        raise InputError("density", expected="cells per pixel >= 0, or None", got=repr(density))
+    if clustering is not None and not (isinstance(clustering, int | float) and 0 <= clustering <= 1):
+        raise InputError("clustering", expected="a probability, or None", got=repr(clustering))
+    if background not in ("model", "real"):
+        raise InputError("background", expected='"model" or "real"', got=repr(background))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -1,0 +1,244 @@
+"""MaskDDPM (paper, §2 "Mask Synthesis in 2D"): outlines of single cells, with their size and brightness.
+
+A mask is represented by its truncated signed distance on a small grid, scaled so that every cell fills the grid alike: a
+small network then gives smooth, sub-pixel outlines for small and large cells. Size and brightness are drawn first, jointly,
+from a kernel density over the real cells (the paper's code codes brightness as the mask's grey value), and condition the
+shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from synthaug.generators.diffusion import build_scheduler, denoise
+from synthaug.generators.stage import Noise, Stage
+from synthaug.randomness import SampleKey, normal, uniform
+from synthaug.types import CellMasks
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Everything that rebuilds an untrained MaskDDPM.
+
+    Attributes:
+        crop_size: Side of the crops the masks are returned on, pixels.
+        margin: Pixels kept free between the cell's enclosing circle and the crop's edge.
+        grid_size: Side of the grid the network sees.
+        grid_radius: Radius of the enclosing circle on that grid, grid pixels.
+        truncation: Distances beyond this many grid pixels are cut off.
+        patch_size: Grid pixels folded into channels on each side (pixel unshuffle), to save time.
+        block_out_channels: Widths of the UNet, finest level first.
+        layers_per_block: Residual blocks a level.
+        num_inference_steps: DDIM steps.
+        eta: 0 for deterministic DDIM, 1 for DDPM noise (the paper's code).
+        bandwidth: Kernel width of the size-brightness density, in standard deviations of the real cells.
+    """
+
+    crop_size: int = 64
+    margin: float = 5.0
+    grid_size: int = 32
+    grid_radius: float = 13.0
+    truncation: float = 4.0
+    patch_size: int = 2
+    block_out_channels: tuple[int, ...] = (48, 96)
+    layers_per_block: int = 1
+    num_inference_steps: int = 20
+    eta: float = 0.0
+    bandwidth: float = 0.15
+
+
+def build_unet(config: MaskConfig) -> nn.Module:
+    """The untrained diffusers `UNet2DModel`: noisy grid + two condition planes in, prediction out."""
+    from diffusers import UNet2DModel
+
+    channels = config.patch_size**2
+    levels = len(config.block_out_channels)
+    return UNet2DModel(
+        sample_size=config.grid_size // config.patch_size,
+        in_channels=channels + 2,
+        out_channels=channels,
+        layers_per_block=config.layers_per_block,
+        block_out_channels=config.block_out_channels,
+        down_block_types=("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
+        attention_head_dim=32,
+        norm_num_groups=8,
+    )
+
+
+def load_unet(folder: Path) -> nn.Module:
+    """Read the network back as float32."""
+    from diffusers import UNet2DModel
+
+    return UNet2DModel.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+
+
+class MaskDDPM(Stage):
+    """Draws single-cell outlines.
+
+    Args:
+        config: See `MaskConfig`.
+        unet: The denoiser; default: untrained.
+
+    Buffers:
+        attributes: float32 [N, 2]; log enclosing radius (image pixels) and log relative brightness of the real cells.
+    """
+
+    config_class = MaskConfig
+    component_loaders = {"unet": load_unet}  # noqa: RUF012  # read-only, declared ClassVar in the base
+    config: MaskConfig
+    attributes: Tensor
+
+    def __init__(self, config: MaskConfig, unet: nn.Module | None = None) -> None:
+        super().__init__(config)
+        self.unet: Any = unet if unet is not None else build_unet(config)
+        self.scheduler = build_scheduler("squaredcos_cap_v2", "v_prediction")
+        self.register_buffer("attributes", torch.zeros(1, 2))
+
+    @property
+    def grid_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what the network denoises."""
+        side = self.config.grid_size // self.config.patch_size
+        return self.config.patch_size**2, side, side
+
+    def to_grid(self, sdf: Tensor, radius: Tensor, angle: Tensor | None = None) -> Tensor:
+        """Signed distances on crops as the network's clean samples.
+
+        Args:
+            sdf: float32 [B, S, S], crop pixels, centred on the cell's enclosing circle.
+            radius: float32 [B], radius of that circle in crop pixels.
+            angle: float32 [B], radians, by which each crop is turned; default: none.
+
+        Returns:
+            float32 [B, patch_size^2, G, G] in [-1, 1].
+        """
+        size, grid = sdf.shape[-1], self.config.grid_size
+        zoom = radius / self.config.grid_radius  # crop pixels per grid pixel
+        angle = torch.zeros_like(radius) if angle is None else angle
+        # affine_grid works in [-1, 1]: a grid pixel is 2/G there, a crop pixel 2/S.
+        factor = zoom * grid / size
+        theta = torch.zeros(len(sdf), 2, 3)
+        theta[:, 0, 0], theta[:, 0, 1] = factor * torch.cos(angle), -factor * torch.sin(angle)
+        theta[:, 1, 0], theta[:, 1, 1] = factor * torch.sin(angle), factor * torch.cos(angle)
+        where = F.affine_grid(theta, [len(sdf), 1, grid, grid], align_corners=False)
+        out = F.grid_sample(sdf[:, None], where, mode="bicubic", padding_mode="border", align_corners=False)
+        out = (out / zoom[:, None, None, None] / self.config.truncation).clamp(-1, 1)
+        return F.pixel_unshuffle(out, self.config.patch_size)
+
+    def from_grid(self, sample: Tensor, radius: Tensor, scale: Tensor) -> Tensor:
+        """Samples as signed distances on crops.
+
+        Args:
+            sample: float32 [B, patch_size^2, G, G].
+            radius: float32 [B], radius of the enclosing circle, image pixels.
+            scale: float32 [B], image pixels per crop pixel.
+
+        Returns:
+            float32 [B, S, S], crop pixels; only the neighbourhood of the outline is metric (truncated elsewhere).
+        """
+        size = self.config.crop_size
+        values = F.pixel_shuffle(sample, self.config.patch_size) * self.config.truncation
+        zoom = radius / scale / self.config.grid_radius
+        factor = size / self.config.grid_size / zoom
+        theta = torch.zeros(len(sample), 2, 3, device=sample.device)
+        theta[:, 0, 0] = theta[:, 1, 1] = factor
+        where = F.affine_grid(theta, [len(sample), 1, size, size], align_corners=False)
+        out = F.grid_sample(values, where, mode="bicubic", padding_mode="border", align_corners=False)
+        return out[:, 0] * zoom[:, None, None]
+
+    def condition(self, attributes: Tensor) -> Tensor:
+        """Attributes standardised by the real cells' mean and spread, float32 [B, 2]."""
+        mean, std = self.attributes.mean(0), self.attributes.std(0, unbiased=False).clamp_min(1e-3)
+        return ((attributes - mean) / std).clamp(-3, 3)
+
+    def predict(self, sample: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        """The network's velocity for `sample` [B, C, G, G] at `timesteps` [B], given `condition` [B, 2]."""
+        planes = condition[:, :, None, None].expand(-1, -1, *sample.shape[2:])
+        return self.unet(torch.cat([sample, planes], 1), timesteps, return_dict=False)[0]
+
+    def draw(self, keys: Sequence[SampleKey]) -> Noise:
+        """Noise of the shape, and which real cell's size and brightness to vary by how much."""
+        noise = {
+            "shape": normal([k.child("shape") for k in keys], self.grid_shape),
+            "row": uniform([k.child("row") for k in keys], (1,))[:, 0],
+            "jitter": normal([k.child("jitter") for k in keys], (2,)),
+        }
+        if self.config.eta > 0:
+            steps = normal([k.child("steps") for k in keys], (self.config.num_inference_steps, *self.grid_shape))
+            noise["steps"] = steps
+        return noise
+
+    @torch.no_grad()
+    def forward(self, noise: Noise) -> tuple[CellMasks, list[str | None]]:
+        """Masks [B] and, for each, why it has to be redrawn, or None; see `why_rejected`."""
+        config = self.config
+        row = (noise["row"] * len(self.attributes)).long().clamp(max=len(self.attributes) - 1)
+        spread = self.attributes.std(0, unbiased=False)
+        attributes = self.attributes[row] + config.bandwidth * spread * noise["jitter"].to(self.device)
+        radius, brightness = attributes[:, 0].exp(), attributes[:, 1].exp()
+        condition = self.condition(attributes)
+        steps = noise["steps"].transpose(0, 1).to(self.device) if config.eta > 0 else None
+        sample = denoise(
+            self.scheduler,
+            lambda x, t: self.predict(x, t, condition),
+            noise["shape"].to(self.device),
+            config.num_inference_steps,
+            config.eta,
+            steps,
+        ).clamp(-1, 1)
+        grid = F.pixel_shuffle(sample, config.patch_size)[:, 0]
+        inside = grid < 0
+        edge = torch.cat([inside[:, 0], inside[:, -1], inside[:, :, 0], inside[:, :, -1]], 1).any(1)
+        # The largest circle that fits keeps `margin` pixels; a larger cell is stored at a coarser scale, never cut.
+        scale = (radius / (config.crop_size / 2 - config.margin)).clamp_min(1.0)
+        outline = (self.from_grid(sample, radius, scale) < 0).cpu().numpy()
+        # Far from the outline the samples are truncated; the other stages need metric distances there.
+        sdf = torch.from_numpy(np.stack([signed_distance(m) for m in outline])).to(self.device)
+        rejects = [why_rejected(m, bool(e)) for m, e in zip(outline, edge.cpu())]
+        return CellMasks(sdf=sdf, brightness=brightness, scale=scale), rejects
+
+
+def why_rejected(mask: NDArray[np.bool_], touches_edge: bool) -> str | None:
+    """What is wrong with a drawn mask, or None: it has to be one part without holes, clear of the crop's edge."""
+    if not mask.any():
+        return "empty"
+    if touches_edge:
+        return "touching the crop's edge"
+    if ndimage.label(mask)[1] > 1:
+        return "several parts"
+    if ndimage.label(~mask, structure=np.ones((3, 3)))[1] > 1:
+        return "with a hole"
+    return None
+
+
+def signed_distance(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Signed distance to the pixel outline of `mask`, negative inside, smoothed over a pixel to undo the staircase."""
+    outside = ndimage.distance_transform_edt(~mask)
+    inside = ndimage.distance_transform_edt(mask)
+    distance = np.where(mask, 0.5 - inside, outside - 0.5)
+    return ndimage.gaussian_filter(distance, 0.8).astype(np.float32)
+
+
+def principal_angle(mask: Tensor) -> Tensor:
+    """Angle of each mask's long axis, radians, float32 [B]; turning the crop by it lays the axis along x.
+
+    Args:
+        mask: bool [B, S, S].
+    """
+    size = mask.shape[-1]
+    axis = torch.arange(size, dtype=torch.float32) - (size - 1) / 2
+    weight = mask.float() / mask.flatten(1).sum(1).clamp_min(1)[:, None, None]
+    x, y = (weight * axis[None, None, :]).sum((1, 2)), (weight * axis[None, :, None]).sum((1, 2))
+    dx, dy = axis[None, None, :] - x[:, None, None], axis[None, :, None] - y[:, None, None]
+    xx, yy, xy = (weight * dx * dx).sum((1, 2)), (weight * dy * dy).sum((1, 2)), (weight * dx * dy).sum((1, 2))
+    return 0.5 * torch.atan2(2 * xy, xx - yy)

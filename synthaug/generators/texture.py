@@ -1,0 +1,289 @@
+"""Cell textures by mask-conditioned latent diffusion (paper, §2 "Cell Texture Generation" and eq. 2).
+
+One class for both scales, on diffusers' `AutoencoderKL`, `UNet2DConditionModel` and `ControlNetModel`: the `tiny` preset is
+small enough to be trained from scratch on a CPU, Stable Diffusion folders load into the same class. The UNet is finetuned
+together with the control branch, as in the paper; sampling is DDIM with eta = 0, a deterministic map from noise to texture,
+so that noise correlated over slices gives textures correlated over slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from synthaug.generators.diffusion import build_scheduler, denoise
+from synthaug.generators.stage import Noise, Stage
+from synthaug.randomness import SampleKey, normal
+from synthaug.types import CellMasks, Cells
+
+HALO = 10.0
+"""Pixels around the outline in which a cell's light fades to nothing; the same as in the crops it was learned from."""
+
+CONDITION_CHANNELS = 3
+"""What the control branch sees: signed distance near the outline, the mask itself, log brightness."""
+
+
+@dataclass(frozen=True)
+class TextureConfig:
+    """Everything that rebuilds an untrained texture stage (the `tiny` preset by default).
+
+    Attributes:
+        crop_size: Side of the crops, pixels.
+        patch_size: Pixels folded into channels on each side before the VAE (1 for Stable Diffusion).
+        vae_channels: Widths of the VAE, finest level first; each further level halves the resolution.
+        latent_channels: Channels of the latent (4 in Stable Diffusion).
+        block_out_channels: Widths of the UNet.
+        layers_per_block: Residual blocks a level.
+        num_inference_steps: DDIM steps.
+        controlnet_conditioning_scale: Weight of the control branch.
+        rho: Strength of the texture's consistency over slices, eq. 2; 0 = independent slices.
+        schedule: Noise schedule, see `build_scheduler`.
+        prediction_type: `v_prediction` (tiny) or `epsilon` (Stable Diffusion 1.5).
+        latent_scale: Factor that brings latents to unit variance (0.18215 in Stable Diffusion).
+        image_range: Light that maps to -1 and 1 before the VAE; values beyond are kept, not clipped.
+    """
+
+    crop_size: int = 64
+    patch_size: int = 2
+    vae_channels: tuple[int, ...] = (32, 64)
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (32, 64, 96)
+    layers_per_block: int = 1
+    num_inference_steps: int = 20
+    controlnet_conditioning_scale: float = 1.0
+    rho: float = 0.7
+    schedule: str = "scaled_linear"
+    prediction_type: str = "v_prediction"
+    latent_scale: float = 1.0
+    image_range: tuple[float, float] = (-0.25, 2.25)
+
+
+def tiny_config(crop_size: int, **changes: Any) -> TextureConfig:
+    """The `tiny` preset for this crop size: the network always works on 32 x 32 patches and 16 x 16 latents."""
+    if crop_size % 32:
+        raise ValueError(f"crop_size must be a multiple of 32, got {crop_size}")
+    patch = crop_size // 32
+    return TextureConfig(crop_size=crop_size, patch_size=patch, latent_channels=4 if patch < 3 else 8, **changes)
+
+
+def build_vae(config: TextureConfig) -> nn.Module:
+    """The untrained `AutoencoderKL`."""
+    from diffusers import AutoencoderKL
+
+    levels = len(config.vae_channels)
+    return AutoencoderKL(
+        in_channels=config.patch_size**2,
+        out_channels=config.patch_size**2,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=config.vae_channels,
+        layers_per_block=1,
+        latent_channels=config.latent_channels,
+        norm_num_groups=8,
+        sample_size=config.crop_size // config.patch_size,
+        mid_block_add_attention=False,
+    )
+
+
+def build_unet(config: TextureConfig) -> nn.Module:
+    """The untrained `UNet2DConditionModel`, without cross-attention: there is no text."""
+    from diffusers import UNet2DConditionModel
+
+    levels = len(config.block_out_channels)
+    return UNet2DConditionModel(
+        sample_size=config.crop_size // config.patch_size // 2 ** (len(config.vae_channels) - 1),
+        in_channels=config.latent_channels,
+        out_channels=config.latent_channels,
+        down_block_types=("DownBlock2D",) * levels,
+        up_block_types=("UpBlock2D",) * levels,
+        mid_block_type="UNetMidBlock2D",
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        norm_num_groups=8,
+        cross_attention_dim=8,
+        attention_head_dim=8,
+    )
+
+
+def build_controlnet(config: TextureConfig, unet: Any) -> nn.Module:
+    """A control branch copied from `unet` (paper: "copying the UNet weights"), for `CONDITION_CHANNELS` channels."""
+    from diffusers import ControlNetModel
+
+    if unet.config.mid_block_type == "UNetMidBlock2D":
+        # `from_unet` would build an attention block that this UNet does not have.
+        net = ControlNetModel(
+            in_channels=config.latent_channels,
+            conditioning_channels=CONDITION_CHANNELS,
+            down_block_types=unet.config.down_block_types,
+            mid_block_type="UNetMidBlock2D",
+            block_out_channels=unet.config.block_out_channels,
+            layers_per_block=unet.config.layers_per_block,
+            norm_num_groups=unet.config.norm_num_groups,
+            cross_attention_dim=unet.config.cross_attention_dim,
+            attention_head_dim=unet.config.attention_head_dim,
+            conditioning_embedding_out_channels=(8, 16, 32),
+        )
+        own = net.state_dict()
+        copied = {k: v for k, v in unet.state_dict().items() if k in own and v.shape == own[k].shape}
+        net.load_state_dict({**own, **copied})
+        return net
+    return ControlNetModel.from_unet(unet, conditioning_channels=CONDITION_CHANNELS)
+
+
+def _load(name: str) -> Any:
+    def load(folder: Path) -> nn.Module:
+        import diffusers
+
+        return getattr(diffusers, name).from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+
+    return load
+
+
+class TextureDiffusion(Stage):
+    """Paints light into masks.
+
+    Args:
+        config: See `TextureConfig`.
+        vae, unet, controlnet: Trained networks; default: untrained ones of the config's sizes.
+
+    Buffers:
+        prompt: float32 [1, tokens, cross_attention_dim]; the text embedding given to both networks: that of the empty
+            prompt for Stable Diffusion, zeros where there is no text.
+        brightness_moments: float32 [2]; mean and standard deviation of the real cells' log brightness.
+    """
+
+    config_class = TextureConfig
+    component_loaders = {  # noqa: RUF012  # read-only, declared ClassVar in the base
+        "vae": _load("AutoencoderKL"),
+        "unet": _load("UNet2DConditionModel"),
+        "controlnet": _load("ControlNetModel"),
+    }
+    config: TextureConfig
+    prompt: Tensor
+    brightness_moments: Tensor
+
+    def __init__(
+        self,
+        config: TextureConfig,
+        vae: nn.Module | None = None,
+        unet: nn.Module | None = None,
+        controlnet: nn.Module | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.vae: Any = vae if vae is not None else build_vae(config)
+        self.unet: Any = unet if unet is not None else build_unet(config)
+        self.controlnet: Any = controlnet if controlnet is not None else build_controlnet(config, self.unet)
+        self.scheduler = build_scheduler(config.schedule, config.prediction_type)
+        self.register_buffer("prompt", torch.zeros(1, 1, self.unet.config.cross_attention_dim))
+        self.register_buffer("brightness_moments", torch.tensor([0.0, 1.0]))
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a latent."""
+        factor = self.config.patch_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        side = self.config.crop_size // factor
+        return self.vae.config.latent_channels, side, side
+
+    # Images and latents -------------------------------------------------------------------------------------------
+
+    def encode_moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the (unscaled) latents of `image` float32 [B, S, S]."""
+        low, high = self.config.image_range
+        x = F.pixel_unshuffle((image[:, None] - low) * (2 / (high - low)) - 1, self.config.patch_size)
+        x = x.expand(-1, self.vae.config.in_channels, -1, -1) if x.shape[1] == 1 else x  # grey as RGB
+        posterior = self.vae.encode(x).latent_dist
+        return posterior.mean, posterior.logvar
+
+    def decode_raw(self, latent: Tensor) -> Tensor:
+        """Light float32 [B, S, S] of unscaled latents."""
+        low, high = self.config.image_range
+        x = self.vae.decode(latent, return_dict=False)[0]
+        if self.config.patch_size == 1:
+            x = x.mean(1, keepdim=True)
+        return (F.pixel_shuffle(x, self.config.patch_size)[:, 0] + 1) * ((high - low) / 2) + low
+
+    # The denoiser -------------------------------------------------------------------------------------------------
+
+    def condition(self, sdf: Tensor, brightness: Tensor) -> Tensor:
+        """What the control branch sees, float32 [B, 3, P, P], values about [-1, 1].
+
+        Args:
+            sdf: float32 [B, S, S], crop pixels.
+            brightness: float32 [B], relative to the frame.
+        """
+        mean, std = self.brightness_moments
+        plane = ((brightness.log() - mean) / std).clamp(-3, 3)[:, None, None].expand_as(sdf)
+        planes = torch.stack([(sdf / 8).clamp(-1, 1), (sdf < 0).float() * 2 - 1, plane / 2], 1)
+        # The control branch halves its input once for each further entry; bring it to the size that ends at the latent.
+        halvings = len(self.controlnet.config.conditioning_embedding_out_channels) - 1
+        side = self.latent_shape[-1] * 2**halvings
+        if side == sdf.shape[-1]:
+            return planes
+        return F.interpolate(planes, size=(side, side), mode="bilinear", align_corners=False, antialias=False)
+
+    def predict(self, latent: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        """Noise or velocity for latents [B, C, h, w] at `timesteps` [B] under `condition` [B, 3, P, P]."""
+        prompt = self.prompt.expand(len(latent), -1, -1)
+        down, mid = self.controlnet(
+            latent,
+            timesteps,
+            prompt,
+            controlnet_cond=condition,
+            conditioning_scale=self.config.controlnet_conditioning_scale,
+            return_dict=False,
+        )
+        return self.unet(
+            latent,
+            timesteps,
+            prompt,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=mid,
+            return_dict=False,
+        )[0]
+
+    # Stage --------------------------------------------------------------------------------------------------------
+
+    def draw(self, keys: Sequence[SampleKey], num_slices: int = 1) -> Noise:
+        """Latent noise by eq. 2: `latent` float32 [B, S, C, h, w].
+
+        c_s = rho / sqrt(1 + rho^2) * c_cmn + 1 / sqrt(1 + rho^2) * c_unq: unit variance, correlation rho^2 / (1 + rho^2)
+        between any two slices of a cell.
+        """
+        unique = normal([k.child("unique") for k in keys], (num_slices, *self.latent_shape))
+        if num_slices == 1:
+            return {"latent": unique}  # with one slice eq. 2 is plain unit noise
+        common = normal([k.child("common") for k in keys], (1, *self.latent_shape))
+        rho = self.config.rho
+        return {"latent": (rho * common + unique) / (1 + rho**2) ** 0.5}
+
+    @torch.no_grad()
+    def forward(self, masks: CellMasks, noise: Noise) -> Cells:
+        """Textured cells [B, 1, S, S] for masks [B, S, S]."""
+        sdf, brightness = masks.sdf, masks.brightness
+        condition = self.condition(sdf, brightness)
+        latent = denoise(
+            self.scheduler,
+            lambda x, t: self.predict(x, t, condition),
+            noise["latent"][:, 0].to(self.device),
+            self.config.num_inference_steps,
+        )
+        image = self.decode_raw(latent / self.config.latent_scale)
+        mask = sdf < 0
+        image = image * self.window(sdf)
+        mean = (image * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp_min(1)
+        image = image / mean.clamp_min(0.1)[:, None, None]  # mean 1 by contract: brightness carries the rest
+        return Cells(image=image[:, None], sdf=sdf[:, None], brightness=brightness, scale=masks.scale)
+
+    def window(self, sdf: Tensor) -> Tensor:
+        """Fade of a cell's light to 0 at `HALO` px from the outline and at the crop's inscribed circle."""
+        size = sdf.shape[-1]
+        axis = torch.arange(size, device=sdf.device) - (size - 1) / 2
+        from_edge = size / 2 - torch.hypot(axis[:, None], axis[None, :])
+        outline = 0.5 + 0.5 * torch.cos(((sdf - HALO / 2) / (HALO / 2)).clamp(0, 1) * torch.pi)
+        return outline * (from_edge / 3).clamp(0, 1)

@@ -1,0 +1,269 @@
+"""One command from annotated images to a cascade: crops, background, placement, masks, autoencoder, texture.
+
+Progress lives in a folder beside the result (`OUT.fit`), written so that a kill at any moment loses at most the minutes
+since the last checkpoint; a finished stage is never trained again. The folder goes when the cascade is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from synthaug.cascade import Cascade, CascadeConfig, embedded_cascades
+from synthaug.datasets.crops import CropSet, extract_crops
+from synthaug.errors import CheckpointError, InputError
+from synthaug.generators.background import Background
+from synthaug.generators.masks import MaskDDPM
+from synthaug.generators.population import PopulationSynthesis
+from synthaug.generators.stage import Stage, write_atomic
+from synthaug.generators.texture import TextureDiffusion
+from synthaug.training import recipes
+from synthaug.training.loop import LoopResult
+
+Pair = tuple[NDArray[np.float32], NDArray[np.int32]]
+S = TypeVar("S", bound=Stage)
+
+RESERVE = 0.08
+"""Share of the budget kept for what follows training: saving, the sheet, the numbers."""
+
+SCRATCH = "scratch"
+
+
+@dataclass(frozen=True)
+class FitRequest:
+    """What was asked for; a resumed fit has to ask for the same.
+
+    Attributes:
+        data: SHA-256 over all images and labels.
+        start: Name or folder of the cascade to adapt, or "scratch".
+        budget_minutes: Wall-clock minutes for everything, interruptions not counted.
+        seed: Of all training.
+    """
+
+    data: str
+    start: str
+    budget_minutes: float
+    seed: int
+
+
+def fit(
+    pairs: Sequence[Pair],
+    out: str | Path,
+    *,
+    start: str = "nuclei-2d",
+    budget_minutes: float = 20.0,
+    seed: int = 0,
+    resume: bool = False,
+    pixel_size_um: float | None = None,
+    data_card: str = "",
+    log: Callable[[str], None] = print,
+) -> Cascade:
+    """Train every stage on image-label pairs and save the cascade.
+
+    Args:
+        pairs: (image [Y, X] float32 in camera counts, labels [Y, X] int32 contiguous from 1).
+        out: Folder of the new cascade.
+        start: Cascade to adapt (embedded name, folder or hub id), or "scratch".
+        budget_minutes: Wall-clock minutes for everything.
+        seed: Of all training.
+        resume: Go on with an interrupted fit of the same request.
+        pixel_size_um: Pixel size of the images, kept in the cascade.
+        data_card: Text for the model card about the data: source, licence, citation.
+        log: Called with lines of progress.
+
+    Raises:
+        InputError, DataError: If the data cannot be used.
+        CheckpointError: If `out` holds something else, or an unfinished fit that is not to be resumed.
+    """
+    begun = time.monotonic()
+    out = Path(out)
+    if budget_minutes <= 0:
+        raise InputError("budget", expected="minutes > 0", got=budget_minutes)
+    work = out.with_name(f"{out.name}.fit")
+    if resume and (out / "model_index.json").is_file() and not work.exists():
+        log(f"{out}: already finished")
+        return Cascade.from_pretrained(out)
+    request = FitRequest(_hash(pairs), start, budget_minutes, seed)
+    _open_work(work, out, request, resume)
+    source = None if start == SCRATCH else Cascade.from_pretrained(start)
+    crops = extract_crops(pairs, crop_size=source.crop_size if source else None)
+    log(f"{len(crops)} cells on {crops.image.shape[-1]}x{crops.image.shape[-1]} crops; {dict(crops.counts)}")
+    images, labels = [p[0] for p in pairs], [p[1] for p in pairs]
+
+    background = _once(work, "background", Background, lambda: Background.fit(images, labels), log)
+    population = _once(
+        work,
+        "population",
+        PopulationSynthesis,
+        lambda: PopulationSynthesis.fit(labels, min_area=crops.min_area),
+        log,
+    )
+    preparation = time.monotonic() - begun
+    budget_s = max(60 * budget_minutes * (1 - RESERVE) - preparation, 0.3 * 60 * budget_minutes)
+    shares = recipes.ADAPT if source else recipes.SCRATCH
+    results: dict[str, LoopResult] = {}
+
+    def learn(name: str, kind: type[S], run: Callable[[float, Path, recipes.Log], tuple[S, LoopResult]]) -> S:
+        history = work / f"{name}.json"
+
+        def once() -> S:
+            stage, result = run(budget_s * shares[name].share, work / f"{name}.pt", lambda line: log(f"{name}: {line}"))
+            write_atomic(history, json.dumps(vars(result)).encode())
+            return stage
+
+        stage = _once(work, name, kind, once, log)
+        results[name] = LoopResult(**json.loads(history.read_text()))
+        (work / f"{name}.pt").unlink(missing_ok=True)
+        return stage
+
+    masks = learn(
+        "masks",
+        MaskDDPM,
+        lambda s, path, say: recipes.fit_masks(crops, source.masks if source else None, s, seed, path, say),
+    )
+    learn(
+        "vae",
+        TextureDiffusion,
+        lambda s, path, say: recipes.fit_vae(crops, source.texture if source else None, s, seed, path, say),
+    )
+    # Read back what was saved: an interrupted and an uninterrupted fit go on from the same bits.
+    vae = TextureDiffusion.from_pretrained(work / "vae")
+    texture = learn(
+        "texture",
+        TextureDiffusion,
+        lambda s, path, say: recipes.fit_texture(crops, vae, source is not None, s, seed, path, say),
+    )
+    cascade = Cascade(
+        CascadeConfig(
+            name=out.name,
+            min_area=crops.min_area,
+            pixel_size_um=pixel_size_um,
+            intensity=_intensity(images),
+        ),
+        masks=masks,
+        texture=texture,
+        background=background,
+        population=population,
+    )
+    card = model_card(out.name, request, len(pairs), crops, results, data_card)
+    cascade.save_pretrained(out, half=True, card=card)
+    shutil.rmtree(work)
+    log(f"{out}: finished after {(time.monotonic() - begun) / 60:.1f} min")
+    return Cascade.from_pretrained(out)
+
+
+def model_card(
+    name: str, request: FitRequest, num_images: int, crops: CropSet, results: dict[str, LoopResult], data_card: str
+) -> str:
+    """The README.md of a cascade, with the metadata header that model hubs read."""
+    rows = "\n".join(
+        f"| {stage} | {r.num_steps} | {r.seconds / 60:.1f} | {r.best_loss:.4f} |" for stage, r in results.items()
+    )
+    counts = ", ".join(f"{n} {why}" for why, n in crops.counts.items())
+    return f"""---
+library_name: synthaug
+tags: [microscopy, segmentation, synthetic-data, diffusion]
+---
+
+# {name}
+
+A synthaug cascade: it generates fluorescence microscopy images of single-cell masks, textures and populations, with exact
+instance labels, to train segmentation networks. Images are in the camera counts of the training data.
+
+## Data
+
+{data_card.strip() or "The user's own images; licence and citation were not stated."}
+
+{num_images} images, {len(crops)} whole cells ({counts}), crops of {crops.image.shape[-1]} px.
+
+## Training
+
+`synthaug fit DATA --out {name} --from {request.start} --budget {request.budget_minutes:g} --seed {request.seed}`
+
+| stage | steps | minutes | held-out loss |
+|---|---|---|---|
+{rows}
+
+## Limits
+
+Trained on the images above only: other stains, magnifications or cell types need a fit of their own. Synthetic images
+support training; they are no measurement.
+
+Method: Cascaded Diffusion Models for 2D and 3D Microscopy Image Synthesis to Enhance Cell Segmentation, ISBI 2025.
+"""
+
+
+def _once(work: Path, name: str, kind: type[S], make: Callable[[], S], log: Callable[[str], None]) -> S:
+    """The stage saved under `name`, made first if it is not there."""
+    folder = work / name
+    if not folder.is_dir():
+        begun = time.monotonic()
+        stage = make()
+        temporary = work / f".{name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        stage.save_pretrained(temporary)
+        temporary.rename(folder)
+        log(f"{name}: done in {time.monotonic() - begun:.0f} s")
+    else:
+        log(f"{name}: already done")
+    return kind.from_pretrained(folder)
+
+
+def _open_work(work: Path, out: Path, request: FitRequest, resume: bool) -> None:
+    """Make the progress folder, or check that the one there belongs to this request."""
+    note = work / "fit.json"
+    if (out / "model_index.json").is_file() and not resume:
+        raise CheckpointError(
+            str(out), expected="a new folder", got="a finished cascade", remedy="Choose another --out."
+        )
+    if out.exists() and not (out / "model_index.json").is_file() and any(out.iterdir()):
+        raise CheckpointError(str(out), expected="a new folder", got="other files", remedy="Choose another --out.")
+    if note.is_file():
+        before = json.loads(note.read_text())
+        if not resume:
+            raise CheckpointError(
+                str(work), expected="no unfinished fit", got="one", remedy="Pass --resume, or delete the folder."
+            )
+        changed = [k for k, v in asdict(request).items() if before.get(k) != v]
+        if changed:
+            raise CheckpointError(
+                str(work),
+                expected=f"the request this fit began with ({', '.join(f'{k} {before.get(k)}' for k in changed)})",
+                got=", ".join(f"{k} {getattr(request, k)}" for k in changed),
+                remedy="Repeat the first command with --resume, or choose another --out.",
+            )
+    work.mkdir(parents=True, exist_ok=True)
+    write_atomic(note, (json.dumps(asdict(request), indent=2) + "\n").encode())
+
+
+def _hash(pairs: Sequence[Pair]) -> str:
+    digest = hashlib.sha256()
+    for image, labels in pairs:
+        digest.update(np.ascontiguousarray(image, np.float32).tobytes())
+        digest.update(np.ascontiguousarray(labels, np.int32).tobytes())
+    return digest.hexdigest()
+
+
+def _intensity(images: Sequence[NDArray[np.float32]]) -> str:
+    """Smallest of uint8, uint16 and float32 that holds the real images."""
+    if any((image != np.round(image)).any() or image.min() < 0 for image in images):
+        return "float32"
+    top = max(float(image.max()) for image in images)
+    return "uint8" if top <= 255 else "uint16" if top <= 65535 else "float32"
+
+
+def choose_start(crop_size: int) -> str:
+    """The embedded cascade whose crops fit the cells best, or "scratch" where there is none."""
+    names = [n for n in embedded_cascades() if n != "nuclei-2d"]
+    if not names:
+        return SCRATCH
+    return min(names, key=lambda n: abs(Cascade.from_pretrained(n).crop_size - crop_size))

@@ -1,0 +1,223 @@
+"""How each stage is trained: a function a stage, which returns the trained stage; all numbers in typed configs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from synthaug.datasets.crops import CropSet
+from synthaug.generators.diffusion import NUM_TRAIN_TIMESTEPS, diffusion_loss
+from synthaug.generators.masks import MaskConfig, MaskDDPM, principal_angle
+from synthaug.generators.texture import TextureDiffusion, tiny_config
+from synthaug.randomness import SampleKey
+from synthaug.training.loop import LoopConfig, LoopResult, train
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class StageRecipe:
+    """Numbers of one stage's training: batch size, peak learning rate, EMA decay, share of the time budget."""
+
+    batch_size: int
+    learning_rate: float
+    ema_decay: float
+    share: float
+
+
+SCRATCH = {
+    "masks": StageRecipe(batch_size=64, learning_rate=1e-3, ema_decay=0.999, share=0.30),
+    "vae": StageRecipe(batch_size=32, learning_rate=1.5e-3, ema_decay=0.995, share=0.25),
+    "texture": StageRecipe(batch_size=32, learning_rate=6e-4, ema_decay=0.999, share=0.45),
+}
+"""From random weights."""
+
+ADAPT = {
+    "masks": StageRecipe(batch_size=32, learning_rate=1e-4, ema_decay=0.999, share=0.30),
+    "vae": StageRecipe(batch_size=16, learning_rate=2e-4, ema_decay=0.995, share=0.25),
+    "texture": StageRecipe(batch_size=16, learning_rate=1e-4, ema_decay=0.999, share=0.45),
+}
+"""From an embedded cascade, on few images: low rates and a strong EMA against over-fitting (paper, Table 1c)."""
+
+
+def split_crops(crops: CropSet, seed: int) -> tuple[CropSet, CropSet]:
+    """Training and held-out crops: a tenth is held out, at least 4 and at most 128, chosen by the seed."""
+    order = torch.randperm(len(crops), generator=SampleKey(seed, ("split",)).generator())
+    num_held_out = min(max(len(crops) // 10, min(4, len(crops) // 2)), 128)
+    return crops.select(order[num_held_out:]), crops.select(order[:num_held_out])
+
+
+def _timesteps(num: int, generator: torch.Generator) -> Tensor:
+    """One random timestep in each of `num` equal strata: the same mean loss at less variance."""
+    return ((torch.arange(num) + torch.rand(num, generator=generator)) / num * NUM_TRAIN_TIMESTEPS).long()
+
+
+def _dihedral(x: Tensor, which: int) -> Tensor:
+    """One of the eight turns and flips of the last two axes."""
+    x = torch.rot90(x, which % 4, (-2, -1))
+    return x.flip(-1) if which >= 4 else x
+
+
+def _loop_config(recipe: StageRecipe, budget_s: float, seed: int, adapt: bool) -> LoopConfig:
+    return LoopConfig(
+        budget_s=budget_s,
+        learning_rate=recipe.learning_rate,
+        ema_decay=recipe.ema_decay,
+        patience=5 if adapt else 1_000,
+        seed=seed,
+    )
+
+
+def fit_masks(
+    crops: CropSet, start: MaskDDPM | None, budget_s: float, seed: int, checkpoint: Path, log: Log
+) -> tuple[MaskDDPM, LoopResult]:
+    """Train the outlines on the crops' signed distances, long axis along x, flipped at random."""
+    recipe = (ADAPT if start else SCRATCH)["masks"]
+    stage = start or MaskDDPM(MaskConfig(crop_size=crops.image.shape[-1]))
+    attributes = torch.stack([crops.radius.log(), crops.brightness.log()], 1)
+    stage.set_tables({"attributes": attributes})
+    training, held_out = split_crops(crops, seed)
+
+    def grids(part: CropSet) -> tuple[Tensor, Tensor]:
+        clean = stage.to_grid(part.sdf, part.radius / part.scale, principal_angle(part.sdf < 0))
+        return clean, stage.condition(torch.stack([part.radius.log(), part.brightness.log()], 1))
+
+    clean, condition = grids(training)
+    clean_v, condition_v = grids(held_out)
+    generator = SampleKey(seed, ("validation",)).generator()
+    noise_v = torch.randn(clean_v.shape, generator=generator)
+    timesteps_v = _timesteps(len(clean_v), generator)
+
+    def loss(key: SampleKey) -> Tensor:
+        g = key.generator()
+        index = torch.randint(len(clean), (recipe.batch_size,), generator=g)
+        flip = int(torch.randint(4, (1,), generator=g))
+        axes = [axis for axis, on in ((-1, flip & 1), (-2, flip & 2)) if on]
+        full = F.pixel_shuffle(clean[index], stage.config.patch_size)
+        batch = F.pixel_unshuffle(full.flip(axes) if axes else full, stage.config.patch_size)
+        noise = torch.randn(batch.shape, generator=g)
+        cond = condition[index]
+        # Smears the condition a little, so that drawn sizes and brightnesses between the real ones are familiar.
+        cond = cond + 0.1 * torch.randn(cond.shape, generator=g)
+        return diffusion_loss(
+            stage.scheduler, lambda x, t: stage.predict(x, t, cond), batch, noise, _timesteps(len(batch), g)
+        )
+
+    @torch.no_grad()
+    def validate() -> float:
+        return float(
+            diffusion_loss(
+                stage.scheduler, lambda x, t: stage.predict(x, t, condition_v), clean_v, noise_v, timesteps_v
+            )
+        )
+
+    result = train(
+        [stage.unet], loss, validate, _loop_config(recipe, budget_s, seed, start is not None), checkpoint, log
+    )
+    return stage.eval(), result
+
+
+def _vae_loss(stage: TextureDiffusion, image: Tensor, sdf: Tensor, noise: Tensor) -> Tensor:
+    """L1 on values and on gradients (texture, not only its mean), mostly in and near the cell, and a slight KL term."""
+    mean, logvar = stage.encode_moments(image)
+    out = stage.decode_raw(mean + noise * (0.5 * logvar.clamp(-30, 20)).exp())
+    weight = torch.where(sdf < 6, 1.0, 0.1)
+    weight = weight / weight.mean()
+    loss = (weight * (out - image).abs()).mean()
+    for axis in (-1, -2):
+        gradient = (out.diff(dim=axis) - image.diff(dim=axis)).abs()
+        loss = loss + (weight.narrow(axis, 1, weight.shape[axis] - 1) * gradient).mean()
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+    return loss + 1e-4 * kl
+
+
+def fit_vae(
+    crops: CropSet, start: TextureDiffusion | None, budget_s: float, seed: int, checkpoint: Path, log: Log
+) -> tuple[TextureDiffusion, LoopResult]:
+    """Train the autoencoder on the crops; when adapting, its decoder alone, so that latents keep their meaning."""
+    recipe = (ADAPT if start else SCRATCH)["vae"]
+    if start:
+        stage = start
+    else:
+        low, high = (float(q) for q in torch.quantile(_sample(crops.image), torch.tensor([0.0005, 0.9995])))
+        span = max(high - low, 1.0)
+        stage = TextureDiffusion(
+            tiny_config(crops.image.shape[-1], image_range=(low - 0.05 * span, high + 0.05 * span))
+        )
+    log_brightness = crops.brightness.log()
+    moments = torch.stack([log_brightness.mean(), log_brightness.std(unbiased=False).clamp_min(0.1)])
+    stage.set_tables({"brightness_moments": moments})
+    training, held_out = split_crops(crops, seed)
+    zeros = torch.zeros(len(held_out), *stage.latent_shape)
+
+    def loss(key: SampleKey) -> Tensor:
+        g = key.generator()
+        index = torch.randint(len(training), (recipe.batch_size,), generator=g)
+        turn = int(torch.randint(8, (1,), generator=g))
+        noise = torch.randn((recipe.batch_size, *stage.latent_shape), generator=g)
+        return _vae_loss(stage, _dihedral(training.image[index], turn), _dihedral(training.sdf[index], turn), noise)
+
+    @torch.no_grad()
+    def validate() -> float:
+        return float(_vae_loss(stage, held_out.image, held_out.sdf, zeros))
+
+    trained = [stage.vae.decoder, stage.vae.post_quant_conv] if start else [stage.vae]
+    result = train(trained, loss, validate, _loop_config(recipe, budget_s, seed, start is not None), checkpoint, log)
+    if not start:
+        with torch.no_grad():
+            latents = torch.cat([stage.encode_moments(x)[0] for x in training.image[:512].split(64)])
+        stage.config = replace(stage.config, latent_scale=1 / float(latents.std().clamp_min(1e-3)))
+    return stage.eval(), result
+
+
+def fit_texture(
+    crops: CropSet, start: TextureDiffusion, adapt: bool, budget_s: float, seed: int, checkpoint: Path, log: Log
+) -> tuple[TextureDiffusion, LoopResult]:
+    """Train UNet and control branch together on the latents of a trained autoencoder (paper: both are learned)."""
+    recipe = (ADAPT if adapt else SCRATCH)["texture"]
+    stage = start
+    training, held_out = split_crops(crops, seed)
+
+    @torch.no_grad()
+    def latents(image: Tensor) -> Tensor:
+        return stage.encode_moments(image)[0] * stage.config.latent_scale
+
+    latent_v, condition_v = latents(held_out.image), stage.condition(held_out.sdf, held_out.brightness)
+    generator = SampleKey(seed, ("validation",)).generator()
+    noise_v = torch.randn(latent_v.shape, generator=generator)
+    timesteps_v = _timesteps(len(latent_v), generator)
+
+    def loss(key: SampleKey) -> Tensor:
+        g = key.generator()
+        index = torch.randint(len(training), (recipe.batch_size,), generator=g)
+        turn = int(torch.randint(8, (1,), generator=g))
+        sdf = _dihedral(training.sdf[index], turn)
+        clean = latents(_dihedral(training.image[index], turn))
+        condition = stage.condition(sdf, training.brightness[index])
+        noise = torch.randn(clean.shape, generator=g)
+        return diffusion_loss(
+            stage.scheduler, lambda x, t: stage.predict(x, t, condition), clean, noise, _timesteps(len(clean), g)
+        )
+
+    @torch.no_grad()
+    def validate() -> float:
+        return float(
+            diffusion_loss(
+                stage.scheduler, lambda x, t: stage.predict(x, t, condition_v), latent_v, noise_v, timesteps_v
+            )
+        )
+
+    modules = [stage.unet, stage.controlnet]
+    result = train(modules, loss, validate, _loop_config(recipe, budget_s, seed, adapt), checkpoint, log)
+    return stage.eval(), result
+
+
+def _sample(x: Tensor, most: int = 2_000_000) -> Tensor:
+    """Every n-th value, so that `torch.quantile` takes it."""
+    flat = x.flatten()
+    return flat[:: max(1, -(-len(flat) // most))]
