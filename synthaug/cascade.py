@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from synthaug.errors import CheckpointError, InputError, SynthAugError
-from synthaug.generators.background import Background
+from synthaug.generators.background import Background, BackgroundMode
 from synthaug.generators.masks import MaskDDPM
 from synthaug.generators.population import PopulationSynthesis
 from synthaug.generators.stage import write_atomic
@@ -46,7 +46,8 @@ class CascadeConfig:
 
     Attributes:
         name: Shown by `synthaug info`.
-        block_size: Cells generated together; always padded to this number, so that a key's bits never depend on its company.
+        block_size: Cells generated together, a multiple of 8; always padded to this number, so that a key's bits never
+            depend on its company.
         min_area: Smallest instance, pixels.
         pixel_size_um: Of the real data, or None if unknown.
         intensity: Data type of the real images, for writing synthetic ones ("uint8", "uint16" or "float32").
@@ -57,6 +58,11 @@ class CascadeConfig:
     min_area: int = 20
     pixel_size_um: float | None = None
     intensity: str = "uint16"
+
+    def __post_init__(self) -> None:
+        if self.block_size < 8 or self.block_size % 8:
+            # Vectorised CPU loops treat the elements beyond a multiple of their width differently, in the last bit.
+            raise InputError("block_size", expected="a multiple of 8", got=self.block_size)
 
 
 class Cascade(nn.Module):
@@ -159,7 +165,7 @@ class Cascade(nn.Module):
             keys: One a frame.
             density: Cells per pixel; default: as drawn.
         """
-        styles = self.background.draw_styles([k.child("style") for k in keys])
+        styles = self.background.draw_styles(keys)
         if density is None:
             return styles
         if density < 0:
@@ -199,7 +205,7 @@ class Cascade(nn.Module):
         num_cells: NumCells = None,
         density: float | None = None,
         clustering: float | None = None,
-        background: str = "model",
+        background: BackgroundMode = "model",
     ) -> Population:
         """Frames made of given cells.
 
@@ -223,7 +229,7 @@ class Cascade(nn.Module):
             picks = [_pick(k.child("pick"), n, len(cells)) for k, n in zip(keys, asked)]
         noise = self.population.draw([k.child("place") for k in keys], shape, [len(p) for p in picks])
         scenes = self.population(cells, picks, noise, shape, clustering=clustering)
-        camera = self.background.draw([k.child("camera") for k in keys], shape, background)
+        camera = self.background.draw(keys, shape)
         image = self.background(scenes.light, scenes.labels, styles, camera, background)
         pixel = self.config.pixel_size_um
         return Population(
@@ -266,8 +272,8 @@ class Cascade(nn.Module):
         noise = self.population.draw([key.child("place")], shape, [count])
         picks = [_pick(key.child("pick"), count, len(cells))]
         scenes = self.population(cells, picks, noise, shape, clustering=clustering, occupied=labels[None])
-        camera = self.background.draw([key.child("camera")], shape, "model")
-        out = self.background.add_cells(image[None], labels[None], scenes.light, camera)
+        styles = self.background.styles_of(image, labels)
+        out = self.background.add_cells(image[None], scenes.light, styles, self.background.draw([key], shape))
         added = scenes.labels[0]
         return out[0], torch.where(added > 0, added + existing, labels)
 
@@ -279,7 +285,7 @@ class Cascade(nn.Module):
         num_cells: NumCells = None,
         density: float | None = None,
         clustering: float | None = None,
-        background: str = "model",
+        background: BackgroundMode = "model",
     ) -> Population:
         """Frames of fresh cells, none of which appears twice; arguments as in `populate`."""
         asked = self.num_cells(keys, size, num_cells=num_cells, density=density)

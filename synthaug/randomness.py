@@ -54,7 +54,11 @@ class SampleKey:
         return int.from_bytes(self.digest()[:8], "little") >> 1
 
     def generator(self) -> torch.Generator:
-        """A fresh CPU `torch.Generator` at the start of this key's stream."""
+        """A fresh CPU `torch.Generator` at the start of this key's stream.
+
+        Torch's CPU generator keeps only the low 32 bits of its seed: among 80,000 keys two are likely to share a stream.
+        What must differ between samples comes from `normal`, `uniform` or `numpy()`, which use all 128 bits.
+        """
         return torch.Generator().manual_seed(self.integer())
 
     def numpy(self) -> np.random.Generator:
@@ -64,15 +68,11 @@ class SampleKey:
 
 def normal(keys: Sequence[SampleKey], shape: Sequence[int]) -> Tensor:
     """Standard normal noise, float32 `[len(keys), *shape]`; row i depends on `keys[i]` alone."""
-    out = torch.empty((len(keys), *shape))
-    for row, key in zip(out, keys):
-        row.copy_(torch.randn(tuple(shape), generator=key.generator()))
-    return out
+    rows = [key.numpy().standard_normal(tuple(shape), dtype=np.float32) for key in keys]
+    return torch.from_numpy(np.array(rows, np.float32).reshape(len(keys), *shape))
 
 
 def uniform(keys: Sequence[SampleKey], shape: Sequence[int]) -> Tensor:
     """Uniform noise in [0, 1), float32 `[len(keys), *shape]`; row i depends on `keys[i]` alone."""
-    out = torch.empty((len(keys), *shape))
-    for row, key in zip(out, keys):
-        row.copy_(torch.rand(tuple(shape), generator=key.generator()))
-    return out
+    rows = [key.numpy().random(tuple(shape), dtype=np.float32) for key in keys]
+    return torch.from_numpy(np.array(rows, np.float32).reshape(len(keys), *shape))

@@ -34,7 +34,9 @@ class FakeCascade:
         self.rejects: Counter = Counter()
         self.num_calls = 0
         self.num_made = 0
-        self.dealt: list[list[float]] = []  # brightness, which is unique to a cell, of the cells of each frame
+        self.dealt: list[
+            list[tuple[float, float]]
+        ] = []  # brightness and size, which name a cell, of each frame's cells
 
     def fingerprint(self) -> str:
         return "fake"
@@ -79,7 +81,8 @@ class FakeCascade:
         labels = torch.zeros(len(keys), 1, *size, dtype=torch.int32)
         placed = []
         for i, (key, pick) in enumerate(zip(keys, picks)):
-            self.dealt.append(cells.brightness[pick].tolist())
+            centre = cells.sdf[pick, 0, self.crop_size // 2, self.crop_size // 2]
+            self.dealt.append(list(zip(cells.brightness[pick].tolist(), centre.tolist())))
             placed.append(self._place(cells.select(pick), image[i], labels[i], key))
         return Population(
             image=image,

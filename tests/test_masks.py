@@ -86,7 +86,7 @@ def test_size_and_brightness_are_drawn_jointly_from_the_data():
     stage.set_tables({"attributes": table})
     noise = stage.draw([SampleKey(0, (i,)) for i in range(2000)])
     row = (noise["row"] * 400).long()
-    drawn = table[row] + SMALL.bandwidth * table.std(0) * noise["jitter"]
+    drawn = table[row] + SMALL.bandwidth * stage.spread() * noise["jitter"]
     assert torch.corrcoef(drawn.T)[0, 1] > 0.9
     torch.testing.assert_close(drawn.mean(0), table.mean(0), atol=0.03, rtol=0)
 

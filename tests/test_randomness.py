@@ -55,6 +55,14 @@ def test_many_keys_do_not_collide() -> None:
     assert len({key.integer() for key in keys}) == len(keys)
 
 
+def test_noise_uses_more_than_32_bits_of_a_key() -> None:
+    """Torch's CPU generator does not: it gives these two keys the same numbers."""
+    one, other = SampleKey(0, ("cell", 50094)), SampleKey(0, ("cell", 187348))
+    assert one.integer() % 2**32 == other.integer() % 2**32
+    for draw in (normal, uniform):
+        assert not torch.equal(draw([one], [8]), draw([other], [8]))
+
+
 def test_child_extends_the_path() -> None:
     assert SampleKey(3).child("cell").child(1, "texture") == SampleKey(3, ("cell", 1, "texture"))
     assert len({SampleKey(3, ("a",)), SampleKey(3).child("a")}) == 1

@@ -122,7 +122,7 @@ def test_every_make_command_exists() -> None:
     assert {"test", "demo"} <= make_commands(TEXT) <= make_targets()
 
 
-# A path with at least two folders at the start of a word, or a home on Windows. Places that every such machine has are fine.
+# A path with at least two folders at the start of a word, or a home on Windows. Common places are fine.
 MACHINE_PATH = re.compile(r"""(?:(?<=[\s"'`(=:,])|^)(/[A-Za-z][\w.-]*/[\w.-]+|[A-Z]:\\+Users)""", re.MULTILINE)
 EVERYWHERE = ("/bin/", "/dev/", "/etc/", "/path/to", "/proc/", "/sys/", "/tmp/", "/usr/")
 

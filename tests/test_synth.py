@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import itertools
 import json
@@ -44,7 +45,14 @@ REAL = real_pairs()
 
 
 def dataset(**changes: Any) -> SynthDataset:
-    settings: dict[str, Any] = {"size": SIZE, "batch_size": 4, "real": REAL, "synthetic_ratio": 0.6, "max_reuse": 4}
+    settings: dict[str, Any] = {
+        "size": SIZE,
+        "batch_size": 4,
+        "real": REAL,
+        "synthetic_ratio": 0.6,
+        "max_reuse": 4,
+        "num_shards": 4,
+    }
     return SynthDataset(changes.pop("cascade", None) or FakeCascade(), **settings | changes)
 
 
@@ -157,6 +165,14 @@ def test_ranks_do_not_make_each_others_cells() -> None:
     assert sum(cost(rank=rank, world_size=4) for rank in range(4)) == cost()
 
 
+def test_ranks_that_repeat_each_others_work_are_warned() -> None:
+    with pytest.warns(UserWarning, match="pass num_shards=2"):
+        halves = [dataset(num_shards=1, rank=rank, world_size=2) for rank in range(2)]
+    whole = next(iter(dataset(num_shards=1)))
+    parts = [next(iter(half)) for half in halves]
+    assert digest([{key: torch.cat([part[key] for part in parts]) for key in whole}]) == digest([whole])
+
+
 def test_another_process_and_other_settings(expected: list[str]) -> None:
     code = (
         "import torch; torch.set_num_threads(3)\n"
@@ -173,7 +189,7 @@ def test_another_process_and_other_settings(expected: list[str]) -> None:
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 1 / 3, 0.5, 0.75, 1.0])
 def test_the_ratio_is_exact(ratio: float) -> None:
-    stream = dataset(synthetic_ratio=ratio, batch_size=6, size=(16, 16), num_cells=0)
+    stream = dataset(synthetic_ratio=ratio, batch_size=6, num_shards=1, size=(16, 16), num_cells=0)
     counts = [int(batch["synthetic"].sum()) for batch in itertools.islice(stream, 50)]
     assert all(abs(n - ratio * 6) < 1 for n in counts)
     assert abs(sum(counts) - ratio * 300) < 1
@@ -272,6 +288,7 @@ def test_threads_end_with_the_stream() -> None:
     def ours() -> list[str]:
         return [thread.name for thread in threading.enumerate() if thread.name.startswith("synthaug")]
 
+    gc.collect()
     before = len(ours())
     stream = dataset()
     next(iter(stream))
@@ -280,8 +297,6 @@ def test_threads_end_with_the_stream() -> None:
     assert len(ours()) == before
     next(iter(stream))
     del stream
-    import gc
-
     gc.collect()
     assert len(ours()) == before
 
@@ -465,6 +480,7 @@ def test_transforms_that_do_not_fit() -> None:
         ({"on_starve": "die"}, "on_starve"),
         ({"transform": 3}, "transform"),
         ({"num_batches": 0}, "num_batches"),
+        ({"num_shards": 3}, "num_shards"),
         ({"rank": 1}, "rank"),
         ({"rank": 2, "world_size": 2}, "rank"),
         ({"rank": 0, "world_size": 3}, "multiple of world_size = 3"),

@@ -28,6 +28,9 @@ from synthaug.types import Cells
 PERIOD = 64
 """Batches of one lane that share a supply of cells."""
 
+SPREAD = 4
+"""Blocks in play beyond those a frame needs, so that the frames of a batch share few cells."""
+
 
 @dataclass
 class StreamStats:
@@ -76,8 +79,9 @@ class StreamStats:
 class Dealer:
     """Deals cells to frames: no cell more than `max_reuse` times, none twice in one frame.
 
-    Blocks of cells come into play one at a time: as few as the first frame needs, then one more for every block's worth
-    of uses dealt, so that cells of several ages are in play and the producer has a steady load.
+    Blocks of cells come into play bit by bit: as few as the first frame needs, then one more for every block's worth of
+    uses dealt, and one on top until `SPREAD` more are in play. So the first batch comes soon, cells of several ages mix,
+    and the producer has a steady load.
 
     Args:
         block_size: Cells in a block.
@@ -107,7 +111,8 @@ class Dealer:
     def deal(self, num: int, rng: np.random.Generator) -> np.ndarray:
         """int64 [num], the cells of the next frame; cell i is number i % block_size of block i // block_size."""
         self._largest = max(self._largest, num)
-        wanted = -(-self._largest // self.block_size) + self._dealt // (self.block_size * self.max_reuse)
+        spent = self._dealt // (self.block_size * self.max_reuse)
+        wanted = -(-self._largest // self.block_size) + spent + min(spent, SPREAD)
         wanted = wanted if self.supply is None else min(wanted, self.supply)
         while self.num_blocks < wanted or np.count_nonzero(self.left) < num:
             self.left = np.concatenate([self.left, np.full(self.block_size, self.max_reuse)])
@@ -170,14 +175,15 @@ class Period:
 class Plan:
     """Which cells every synthetic frame of the stream gets; pure arithmetic on keys, no cell is made here.
 
-    Batch b belongs to lane b mod `num_lanes`. Within a lane a batch is cut into shards of equal size with supplies of
-    their own, so that the ranks of a distributed run, each of which makes a slice of every batch, need not make all
+    Batch b belongs to lane b mod `num_lanes`. Within a lane a batch can be cut into shards of equal size with supplies
+    of their own, so that the ranks of a distributed run, each of which makes a slice of every batch, need not make all
     cells.
 
     Args:
         mix: Which slots of a batch are synthetic.
         seed: The stream's seed.
         num_lanes: Lanes.
+        num_shards: Shards; divides the batch size.
         block_size: Cells in a block.
         max_reuse: Uses of a cell.
         count: Cells that the frames of the given keys ask for.
@@ -188,12 +194,13 @@ class Plan:
         mix: Mix,
         seed: int,
         num_lanes: int,
+        num_shards: int,
         block_size: int,
         max_reuse: int,
         count: Callable[[list[SampleKey]], Sequence[int]],
     ) -> None:
         self.mix, self.num_lanes, self.block_size, self.max_reuse = mix, num_lanes, block_size, max_reuse
-        self.num_shards = next(n for n in (4, 2, 1) if mix.batch_size % n == 0)
+        self.num_shards = num_shards
         self._key = SampleKey(seed)
         self._count = count
         self._periods: dict[tuple[int, int, int], Period] = {}

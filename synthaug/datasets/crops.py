@@ -114,7 +114,7 @@ def extract_crops(
     frames = list(pairs)
     counts: Counter[str] = Counter()
     if min_area is None:
-        areas = np.concatenate([np.bincount(labels.ravel())[1:] for _, labels in frames] or [np.zeros(0)])
+        areas = np.concatenate([np.bincount(labels.ravel())[1:] for _, labels in frames] or [np.zeros(0, np.int64)])
         min_area = max(20, int(0.02 * np.median(areas[areas > 0]))) if (areas > 0).any() else 20
     found = []
     for index, (image, labels) in enumerate(frames):

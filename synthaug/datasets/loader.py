@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from synthaug.datasets.bank import StreamStats
 from synthaug.datasets.progress import MAX_WORKERS
 from synthaug.errors import InputError
+from synthaug.randomness import SampleKey
 
 if TYPE_CHECKING:
     from synthaug.datasets.synth import SynthDataset
@@ -50,6 +51,8 @@ class SynthLoader(DataLoader):
             check_workers(dataset.cascade.device, num_workers)
             dataset.warn_of_lanes(num_workers)
             settings.setdefault("persistent_workers", True)
+        # A DataLoader draws a seed for its workers at every start; not from the global state, whose order it would change.
+        settings.setdefault("generator", SampleKey(dataset.config.seed, ("loader",)).generator())
         super().__init__(dataset, batch_size=None, num_workers=num_workers, **settings)
 
     def __iter__(self) -> Any:

@@ -50,6 +50,7 @@ class Mix:
         self.batch_size, self.ratio, self.num_real = batch_size, exact_ratio(ratio), num_real
         self._key = SampleKey(seed)
         self._epochs: dict[int, np.ndarray] = {}
+        self._slots: dict[int, list[int]] = {}
 
     def _synthetic_before(self, batch: int) -> int:
         return batch * self.batch_size * self.ratio.numerator // self.ratio.denominator
@@ -60,11 +61,12 @@ class Mix:
 
     def synthetic_slots(self, batch: int) -> list[int]:
         """Positions of the synthetic samples within the batch, ascending."""
-        num = self.num_synthetic(batch)
-        if num in (0, self.batch_size):
-            return list(range(num))
-        order = self._key.child("slots", batch).numpy().permutation(self.batch_size)
-        return sorted(order[:num].tolist())
+        if batch not in self._slots:
+            if len(self._slots) > 4096:
+                self._slots.clear()
+            order = self._key.child("slots", batch).numpy().permutation(self.batch_size)
+            self._slots[batch] = sorted(order[: self.num_synthetic(batch)].tolist())
+        return self._slots[batch]
 
     def real_indices(self, batch: int) -> list[int]:
         """Indices of the batch's real samples, in the order of their slots: every epoch visits each sample once."""

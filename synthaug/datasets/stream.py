@@ -37,15 +37,18 @@ class StreamConfig:
     clustering: float | None
     background: str
     num_lanes: int
+    num_shards: int
     on_starve: str
 
     def __post_init__(self) -> None:
         size = self.size
         if not isinstance(size, tuple) or len(size) not in (2, 3) or not all(_is_count(s) and s > 0 for s in size):
             raise InputError("size", expected="(Y, X) or (Z, Y, X) in pixels", got=repr(size))
-        for name in ("batch_size", "max_reuse", "num_lanes"):
+        for name in ("batch_size", "max_reuse", "num_lanes", "num_shards"):
             if not _is_count(getattr(self, name)) or getattr(self, name) < 1:
                 raise InputError(name, expected="a whole number >= 1", got=repr(getattr(self, name)))
+        if self.batch_size % self.num_shards:
+            raise InputError("num_shards", expected=f"a divisor of batch_size = {self.batch_size}", got=self.num_shards)
         object.__setattr__(self, "synthetic_ratio", exact_ratio(self.synthetic_ratio))
         SampleKey(self.seed)
         check_population(self.num_cells, self.density, self.clustering, self.background)
@@ -84,11 +87,18 @@ class Stream:
         self.mix = Mix(config.batch_size, config.synthetic_ratio, config.seed, num_real)
         self._wishes = {"num_cells": config.num_cells, "density": config.density}
         self.plan = Plan(
-            self.mix, config.seed, config.num_lanes, cascade.block_size, config.max_reuse, self._count_cells
+            self.mix,
+            config.seed,
+            config.num_lanes,
+            config.num_shards,
+            cascade.block_size,
+            config.max_reuse,
+            self._count_cells,
         )
         self._producer = SerialThread("synthaug-producer", cascade.device)
         self._composer = SerialThread("synthaug-composer", cascade.device)
         self.bank = Bank(cascade, self.plan, config.on_starve, self._producer)
+        self._ordered: dict[int, list[Frame]] = {}  # frames of coming batches, whose cells are being made
 
     def batch(self, batch: int, upcoming: Sequence[int] = ()) -> tuple[dict[str, Any], StreamStats]:
         """Global batch number `batch` (this rank's slots), and what making it took.
@@ -109,10 +119,11 @@ class Stream:
 
     def _make(self, batch: int, upcoming: Sequence[int]) -> tuple[dict[str, Any], StreamStats]:
         stats = self.bank.stats = StreamStats(batches=1)
-        frames = self.plan.frames(batch, self.slots)
-        self.bank.order(frames)
-        for ahead in upcoming:
-            self.bank.order(self.plan.frames(ahead, self.slots))
+        for number in [batch, *upcoming]:
+            if number not in self._ordered:
+                self._ordered[number] = self.plan.frames(number, self.slots)
+                self.bank.order(self._ordered[number])
+        frames = self._ordered.pop(batch)
         synthetic = {frame.slot: frame for frame in frames}
         is_synthetic = set(self.mix.synthetic_slots(batch))
         real_slots = [slot for slot in range(self.config.batch_size) if slot not in is_synthetic]

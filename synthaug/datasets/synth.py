@@ -72,6 +72,8 @@ class SynthDataset(IterableDataset):
         on_starve: What to do if the producer lags behind. "wait" keeps the stream reproducible; "reuse" takes cells
             already there instead, counted in `stats()`.
         num_lanes: Parts of the stream with cells of their own. Worker counts that divide it cost no extra generation.
+        num_shards: Parts of a batch with cells of their own. With num_shards = world_size (or a multiple) no rank makes the
+            cells of another; more shards than ranks cost more cells at the start.
         num_batches: Batches in an epoch; endless if None.
         rank: Of a distributed run; by default torch.distributed's.
         world_size: By default torch.distributed's.
@@ -97,6 +99,7 @@ class SynthDataset(IterableDataset):
         transform: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
         on_starve: str = "wait",
         num_lanes: int = 8,
+        num_shards: int = 1,
         num_batches: int | None = None,
         rank: int | None = None,
         world_size: int | None = None,
@@ -112,6 +115,7 @@ class SynthDataset(IterableDataset):
             clustering=clustering,
             background=background,
             num_lanes=num_lanes,
+            num_shards=num_shards,
             on_starve=on_starve,
         )
         self._num_real = check_real(real, self.config.synthetic_ratio)
@@ -123,7 +127,7 @@ class SynthDataset(IterableDataset):
             raise InputError("rank, world_size", expected="both or none", got=f"{rank}, {world_size}")
         self.cascade, self.real, self.transform = cascade, real, transform
         self._rank = (rank, world_size) if rank is not None and world_size is not None else None
-        self._slots()
+        self._check_shards(len(self._slots()))
         self._progress = Progress(num_batches)
         self._stats = StreamStats()
         self._ship_stats = False
@@ -257,6 +261,16 @@ class SynthDataset(IterableDataset):
             )
         share = self.config.batch_size // world
         return range(rank * share, (rank + 1) * share)
+
+    def _check_shards(self, share: int) -> None:
+        size = self.config.batch_size // self.config.num_shards
+        if share % size and self.config.synthetic_ratio:
+            world = self.config.batch_size // share
+            warnings.warn(
+                f"{world} ranks share num_shards={self.config.num_shards}, so several ranks make the same cells. The batches "
+                f"are right, but cost more than they need to: pass num_shards={world} (which is another stream).",
+                stacklevel=3,
+            )
 
     def _iterate(self, start: int, end: int | None) -> Iterator[dict[str, Any]]:
         # Where we are is asked anew each time: several iterators go through one stream together.

@@ -1,11 +1,10 @@
 """What lies between the cells, and the camera: level, illumination, haze, noise; fitted to real frames.
 
 A frame is  level * field(x, y) + haze + texture + brightness * light  in camera counts, seen by the camera of
-`camera.py`.
-`field` is the slow unevenness of the background, `haze` the light that cells throw wider than their own halo (wide
-Gaussian blurs of the cells), `texture` dim debris and what is out of focus. All of it is measured frame by frame
-(`frame_fit.py`) and kept as one row of a table, so that level, brightness, density, haze and noise of a synthetic frame belong together as in a
-real one.
+`camera.py`. `field` is the slow unevenness of the background, `haze` the light that cells throw wider than their own
+halo (wide Gaussian blurs of the cells), `texture` dim debris and what is out of focus. All of it is measured frame by
+frame (`frame_fit.py`) and kept as one row of a table, so that level, brightness, density, haze and noise of a synthetic
+frame belong together as in a real one.
 """
 
 from __future__ import annotations

@@ -35,15 +35,6 @@ def high_pass(image: NDArray[np.float64]) -> NDArray[np.float64]:
     return ndimage.correlate1d(rows, _DIFFERENCE, axis=1, mode="reflect")
 
 
-def high_pass_response(kernel: NDArray[np.float64]) -> float:
-    """Variance after `high_pass` of unit white noise filtered by `kernel`; 1 for a single tap."""
-    size = kernel.shape[0] + 16
-    padded = np.zeros((size, size))
-    start = (size - kernel.shape[0]) // 2
-    padded[start : start + kernel.shape[0], start : start + kernel.shape[1]] = kernel
-    return float((high_pass(padded) ** 2).sum())
-
-
 def autocovariance(
     residual: NDArray[np.float64], valid: NDArray[np.bool_], lags: Sequence[tuple[int, int]]
 ) -> NDArray[np.float64]:

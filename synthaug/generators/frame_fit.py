@@ -21,7 +21,6 @@ from synthaug.generators.camera import (
     autocovariance,
     filter_correlation,
     high_pass,
-    high_pass_response,
     legendre,
     noise_kernel,
     tail_of,
@@ -148,7 +147,7 @@ def free_area(image: NDArray[np.float64], labels: NDArray[np.int32]) -> NDArray[
 
 
 def _fit_smooth(
-    image: NDArray[np.float64], free: NDArray[np.bool_], glow: NDArray[np.float64]
+    image: NDArray[np.float64], free: NDArray[np.bool_], glow: NDArray[np.float64], brightness: float
 ) -> tuple[float, NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Level, relative field coefficients [5] and haze amplitudes of one frame, and the background they make [Y, X].
 
@@ -166,7 +165,9 @@ def _fit_smooth(
         use = count > 0
     design = np.stack([_blocks(m, free)[0][use] for m in maps], axis=1)
     y, base = target[use], np.sqrt(count[use])
+    # no haze brighter than half a cell where all around are cells: more is something else that fits by chance
     lower = np.concatenate([np.full(6, -np.inf), np.zeros(len(maps) - 6)])
+    upper = np.concatenate([np.full(6, np.inf), np.full(len(maps) - 6, 0.5 * brightness)])
     # a weak pull of the field towards 0 keeps crowded frames, where it is told by a few blocks, from running away
     level = float(np.median(y))
     noise = max(_spread(y), 1e-3)
@@ -179,7 +180,7 @@ def _fit_smooth(
         system = np.vstack([design * weight[:, None], pull])
         q, r = np.linalg.qr(system)
         rhs = q.T @ np.concatenate([y * weight, np.zeros(5)])
-        solution = optimize.lsq_linear(r, rhs, bounds=(lower, np.inf), method="bvls").x
+        solution = optimize.lsq_linear(r, rhs, bounds=(lower, upper), method="bvls").x
         residual = y - design @ solution
         scale = max(_spread(residual), 1e-3)
         weight = base * np.clip(1 - (residual / (5 * scale)) ** 2, 0.0, None)
@@ -203,7 +204,7 @@ def measure_frame(image: NDArray[np.float64], labels: NDArray[np.int32], *, satu
     glow = (
         np.clip(np.where(labels > 0, image - base, 0.0), 0.0, cap) / brightness if brightness else np.zeros_like(image)
     )
-    level, field, haze, smooth = _fit_smooth(image, free, glow)
+    level, field, haze, smooth = _fit_smooth(image, free, glow, brightness)
 
     residual = image - smooth
     low = _masked_blur(residual, free, 1.5)
@@ -322,8 +323,12 @@ def fit_kernel(measures: Sequence[FrameMeasure], integer: bool) -> NDArray[np.fl
 
 def fill_rows(measures: Sequence[FrameMeasure], kernel: NDArray[np.float32], integer: bool) -> None:
     """Noise and texture of every row, and what frames without cells cannot tell, from the others."""
-    response = high_pass_response(kernel.astype(np.float64))
     quantisation = QUANTISATION if integer else 0.0
+    response = 1.0
+    if kernel.size > 1:
+        # what the high-pass leaves of correlated noise is little, and no filter is known that well: take it as observed
+        seen = [(m.flat - quantisation) / max(_near_covariance(m)[_ORIGIN] - quantisation, 1e-12) for m in measures]
+        response = float(np.clip(np.median(seen), 1e-3, 10.0))
     own_correlation = filter_correlation(kernel.astype(np.float64), _NEAR)
     fine = _texture_correlation(TEXTURE_SIGMAS[0], _NEAR_DISTANCE)
     fine[_ORIGIN] = 0.0

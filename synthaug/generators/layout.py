@@ -26,11 +26,11 @@ def drop_small(labels: NDArray[np.integer[Any]], min_area: int) -> Labels:
 
 def whole_masks(labels: Labels) -> list[NDArray[np.bool_]]:
     """Bounding-box masks of the instances that do not touch the border of the frame."""
-    found = enumerate(ndimage.find_objects(labels), start=1)
-    inside = [
-        (i, box) for i, box in found if all(s.start > 0 and s.stop < n for s, n in zip(box, labels.shape, strict=True))
-    ]
-    return [labels[box] == i for i, box in inside]
+    masks = []
+    for i, box in enumerate(ndimage.find_objects(labels), start=1):
+        if box is not None and all(s.start > 0 and s.stop < n for s, n in zip(box, labels.shape)):
+            masks.append(labels[box] == i)
+    return masks
 
 
 def cells_of_masks(masks: Sequence[NDArray[np.bool_]]) -> Cells:

@@ -92,6 +92,10 @@ class Stage(nn.Module):
         tables = folder / "tables.safetensors"
         if tables.is_file():
             stage.set_tables(load_file(tables))
+        for tensor in [*stage.parameters(), *stage.buffers()]:
+            # A mapped file puts weights at odd addresses, where torch's kernels give other last bits than for the same
+            # weights in memory of torch's own: fresh from training, or unpickled in a worker.
+            tensor.data = tensor.data.clone()
         return stage.eval()
 
     def set_tables(self, tables: dict[str, Tensor]) -> None:

@@ -52,7 +52,7 @@ class TextureConfig:
     crop_size: int = 64
     patch_size: int = 2
     vae_channels: tuple[int, ...] = (32, 64)
-    latent_channels: int = 4
+    latent_channels: int = 8
     block_out_channels: tuple[int, ...] = (32, 64, 96)
     layers_per_block: int = 1
     num_inference_steps: int = 20
@@ -65,14 +65,17 @@ class TextureConfig:
 
 
 def tiny_config(crop_size: int, **changes: Any) -> TextureConfig:
-    """The `tiny` preset for this crop size: the network always works on 32 x 32 patches and 16 x 16 latents."""
+    """The `tiny` preset for this crop size: the network always works on 32 x 32 patches and 16 x 16 latents.
+
+    With four channels, as in Stable Diffusion, chromatin grains of 5 px are lost: a latent pixel covers 4 x 4 of the image.
+    """
     if crop_size % 32:
         raise ValueError(f"crop_size must be a multiple of 32, got {crop_size}")
     patch = crop_size // 32
-    return TextureConfig(crop_size=crop_size, patch_size=patch, latent_channels=4 if patch < 3 else 8, **changes)
+    return TextureConfig(crop_size=crop_size, patch_size=patch, latent_channels=8 if patch < 3 else 16, **changes)
 
 
-def build_vae(config: TextureConfig) -> nn.Module:
+def build_vae(config: TextureConfig) -> Any:
     """The untrained `AutoencoderKL`."""
     from diffusers import AutoencoderKL
 
@@ -91,7 +94,7 @@ def build_vae(config: TextureConfig) -> nn.Module:
     )
 
 
-def build_unet(config: TextureConfig) -> nn.Module:
+def build_unet(config: TextureConfig) -> Any:
     """The untrained `UNet2DConditionModel`, without cross-attention: there is no text."""
     from diffusers import UNet2DConditionModel
 
@@ -111,7 +114,7 @@ def build_unet(config: TextureConfig) -> nn.Module:
     )
 
 
-def build_controlnet(config: TextureConfig, unet: Any) -> nn.Module:
+def build_controlnet(config: TextureConfig, unet: Any) -> Any:
     """A control branch copied from `unet` (paper: "copying the UNet weights"), for `CONDITION_CHANNELS` channels."""
     from diffusers import ControlNetModel
 
@@ -171,9 +174,9 @@ class TextureDiffusion(Stage):
     def __init__(
         self,
         config: TextureConfig,
-        vae: nn.Module | None = None,
-        unet: nn.Module | None = None,
-        controlnet: nn.Module | None = None,
+        vae: Any = None,
+        unet: Any = None,
+        controlnet: Any = None,
     ) -> None:
         super().__init__(config)
         self.vae: Any = vae if vae is not None else build_vae(config)

@@ -261,10 +261,10 @@ def place_cells(
 
     Only the largest 4-connected part of a mask counts. A clustered cell goes next to a placed (or occupied) one: from
     the middle of a random one's bounding box outwards in a random direction until it is free, then `gaps` pixels
-    further. Any other cell goes anywhere free, centres beyond the border included, and there it keeps its clearance: the
-    place must stay free if the cell is moved that far in any of eight directions. A position is refused unless at least
-    `min_area` pixels lie on the canvas as one 4-connected part. A cell refused T times in its own way has T tries in the
-    other way, then it is left out; so the work is bounded.
+    further. Any other cell goes anywhere free, centres beyond the border included, and there it keeps its clearance:
+    the place must stay free if the cell is moved that far in any of eight directions. A position is refused unless at
+    least `min_area` pixels lie on the canvas as one 4-connected part. A cell refused T times in its own way has T tries
+    in the other way, then it is left out; so the work is bounded.
 
     Args:
         masks: bool [N, P, P], the cells of all frames, frame after frame.
@@ -401,8 +401,9 @@ def _largest_part(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 def _stamp(mask: NDArray[np.bool_], top: int, left: int, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     """The mask on an empty canvas, cut at its border."""
     canvas = np.zeros(shape, bool)
-    y, x = np.nonzero(mask)
-    y, x = y + top, x + left
-    inside = (y >= 0) & (y < shape[0]) & (x >= 0) & (x < shape[1])
-    canvas[y[inside], x[inside]] = True
+    y = slice(max(top, 0), max(min(top + mask.shape[0], shape[0]), 0))
+    x = slice(max(left, 0), max(min(left + mask.shape[1], shape[1]), 0))
+    part = mask[max(-top, 0) :, max(-left, 0) :]
+    window = canvas[y, x]
+    window[:] = part[: window.shape[0], : window.shape[1]]
     return canvas

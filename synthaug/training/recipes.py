@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from synthaug.datasets.crops import CropSet
@@ -31,9 +31,9 @@ class StageRecipe:
 
 
 SCRATCH = {
-    "masks": StageRecipe(batch_size=64, learning_rate=1e-3, ema_decay=0.999, share=0.30),
-    "vae": StageRecipe(batch_size=32, learning_rate=1.5e-3, ema_decay=0.995, share=0.25),
-    "texture": StageRecipe(batch_size=32, learning_rate=6e-4, ema_decay=0.999, share=0.45),
+    "masks": StageRecipe(batch_size=64, learning_rate=1e-3, ema_decay=0.999, share=0.28),
+    "vae": StageRecipe(batch_size=8, learning_rate=2e-3, ema_decay=0.998, share=0.22),
+    "texture": StageRecipe(batch_size=32, learning_rate=8e-4, ema_decay=0.999, share=0.50),
 }
 """From random weights."""
 
@@ -73,12 +73,31 @@ def _loop_config(recipe: StageRecipe, budget_s: float, seed: int, adapt: bool) -
     )
 
 
+def initialise(network: nn.Module, key: SampleKey) -> None:
+    """Draw a new network's weights again from `key`, so that a seed names a whole training.
+
+    diffusers draws them from torch's global generator. Uniform in +-1/sqrt(fan-in), torch's own default for linear and
+    convolution layers; what is all zeros on purpose (the control branch's exits), and the norms, are left alone.
+    """
+    with torch.no_grad():
+        for name, module in network.named_modules():
+            if not isinstance(module, nn.Linear | nn.Conv2d) or not bool(module.weight.any()):
+                continue
+            bound = module.weight[0].numel() ** -0.5
+            generator = key.child(name).generator()
+            module.weight.uniform_(-bound, bound, generator=generator)
+            if module.bias is not None:
+                module.bias.uniform_(-bound, bound, generator=generator)
+
+
 def fit_masks(
     crops: CropSet, start: MaskDDPM | None, budget_s: float, seed: int, checkpoint: Path, log: Log
 ) -> tuple[MaskDDPM, LoopResult]:
     """Train the outlines on the crops' signed distances, long axis along x, flipped at random."""
     recipe = (ADAPT if start else SCRATCH)["masks"]
     stage = start or MaskDDPM(MaskConfig(crop_size=crops.image.shape[-1]))
+    if not start:
+        initialise(stage.unet, SampleKey(seed, ("masks",)))
     attributes = torch.stack([crops.radius.log(), crops.brightness.log()], 1)
     stage.set_tables({"attributes": attributes})
     training, held_out = split_crops(crops, seed)
@@ -123,17 +142,20 @@ def fit_masks(
 
 
 def _vae_loss(stage: TextureDiffusion, image: Tensor, sdf: Tensor, noise: Tensor) -> Tensor:
-    """L1 on values and on gradients (texture, not only its mean), mostly in and near the cell, and a slight KL term."""
+    """Squared error of values and of gradients (texture, not only its mean), mostly in and near the cell, and a slight KL."""
     mean, logvar = stage.encode_moments(image)
-    out = stage.decode_raw(mean + noise * (0.5 * logvar.clamp(-30, 20)).exp())
+    logvar = logvar.clamp(-30, 20)
+    out = stage.decode_raw(mean + noise * (0.5 * logvar).exp())
     weight = torch.where(sdf < 6, 1.0, 0.1)
     weight = weight / weight.mean()
-    loss = (weight * (out - image).abs()).mean()
+    # A speck of debris is ten times brighter than its own mean: without a bound it would outweigh a hundred nuclei.
+    error = out - image
+    loss = (weight * F.huber_loss(out, image, reduction="none", delta=0.5)).mean()
     for axis in (-1, -2):
-        gradient = (out.diff(dim=axis) - image.diff(dim=axis)).abs()
-        loss = loss + (weight.narrow(axis, 1, weight.shape[axis] - 1) * gradient).mean()
+        slope = error.diff(dim=axis).clamp(-0.5, 0.5)
+        loss = loss + 2 * (weight.narrow(axis, 1, weight.shape[axis] - 1) * slope**2).mean()
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-    return loss + 1e-4 * kl
+    return loss + 1e-5 * kl
 
 
 def fit_vae(
@@ -146,9 +168,11 @@ def fit_vae(
     else:
         low, high = (float(q) for q in torch.quantile(_sample(crops.image), torch.tensor([0.0005, 0.9995])))
         span = max(high - low, 1.0)
-        stage = TextureDiffusion(
-            tiny_config(crops.image.shape[-1], image_range=(low - 0.05 * span, high + 0.05 * span))
-        )
+        image_range = (low - 0.05 * span, high + 0.05 * span)
+        stage = TextureDiffusion(tiny_config(crops.image.shape[-1], image_range=image_range))
+        for name in ("vae", "unet", "controlnet"):
+            # The same key for unet and controlnet: the control branch begins as a copy of the UNet's encoder (paper).
+            initialise(getattr(stage, name), SampleKey(seed, ("vae" if name == "vae" else "unet",)))
     log_brightness = crops.brightness.log()
     moments = torch.stack([log_brightness.mean(), log_brightness.std(unbiased=False).clamp_min(0.1)])
     stage.set_tables({"brightness_moments": moments})

@@ -1,0 +1,198 @@
+"""The cascade as a whole, on the embedded one: keys, labels, contracts of a population, folders."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from synthaug.cascade import Cascade, CascadeConfig, embedded_cascades, find_cascade
+from synthaug.datasets.synth import SynthDataset
+from synthaug.errors import CheckpointError, InputError
+from synthaug.randomness import SampleKey
+from synthaug.types import Cells, Population
+
+NAMES = [n for n in embedded_cascades() if n != "nuclei-2d"]
+
+
+@pytest.fixture(scope="module")
+def cascade() -> Cascade:
+    return Cascade.from_pretrained("nuclei-2d")
+
+
+@pytest.fixture(scope="module")
+def cells(cascade) -> Cells:
+    return cascade.cells([SampleKey(0, ("cell", i)) for i in range(48)])
+
+
+def keys(num: int, seed: int = 0) -> list[SampleKey]:
+    return [SampleKey(seed, ("frame", i)) for i in range(num)]
+
+
+def violations(population: Population, min_area: int) -> list[str]:
+    """What is wrong with the labels and images of a population."""
+    found = []
+    if not bool(torch.isfinite(population.image).all()):
+        found.append("not finite")
+    for i, labels in enumerate(population.labels[:, 0].numpy()):
+        counts = np.bincount(labels.ravel())[1:]
+        if (counts == 0).any():
+            found.append(f"frame {i}: labels not contiguous")
+        if len(counts) and counts.min() < min_area:
+            found.append(f"frame {i}: instance of {counts.min()} px")
+        for index, box in enumerate(ndimage.find_objects(labels), start=1):
+            if box is not None and ndimage.label(labels[box] == index)[1] != 1:
+                found.append(f"frame {i}: instance {index} in several parts")
+    return found
+
+
+def test_the_check_for_violations_fires():
+    labels = torch.zeros(1, 1, 16, 16, dtype=torch.int32)
+    labels[0, 0, 2:8, 2:8] = 1
+    labels[0, 0, 10, 10] = 3
+    labels[0, 0, 14, 14] = 1
+    count = torch.ones(1, dtype=torch.int64)
+    bad = Population(torch.zeros(1, 1, 16, 16), labels, count, count)
+    text = " ".join(violations(bad, 20))
+    assert "not contiguous" in text
+    assert "several parts" in text
+    assert "instance of" in text
+
+
+def test_two_thousand_populations_without_a_violation(cascade, cells):
+    lowest, aligned, total = cascade.config.min_area, 0, 0
+    for start in range(0, 2000, 100):
+        population = cascade.populate(cells, keys(100, seed=start), (96, 96))
+        assert violations(population, lowest) == []
+        assert (population.num_placed <= population.num_requested).all()
+        assert torch.equal(population.num_placed, population.labels.flatten(1).max(1).values.long())
+        for image, labels in zip(population.image[:, 0], population.labels[:, 0]):
+            inside = labels > 0
+            if 0.05 < inside.float().mean() < 0.8:
+                total += 1
+                here = image[inside].mean() - image[~inside].mean()
+                away = inside.roll((7, 7), (0, 1))
+                aligned += bool(here > image[away].mean() - image[~away].mean())
+    assert total > 1000
+    assert aligned == total
+
+
+def test_a_keys_cell_does_not_depend_on_its_company(cascade, cells):
+    some = [5, 17, 2]
+    again = cascade.cells([SampleKey(0, ("cell", i)) for i in some])
+    assert torch.equal(again.image, cells.image[some])
+    assert torch.equal(again.sdf, cells.sdf[some])
+    assert torch.equal(again.brightness, cells.brightness[some])
+
+
+def test_a_frame_does_not_depend_on_the_others(cascade, cells):
+    picks = [torch.arange(6), torch.arange(6, 12), torch.arange(12, 18)]
+    together = cascade.populate(cells, keys(3), (96, 96), picks=picks)
+    alone = cascade.populate(cells, keys(3)[1:2], (96, 96), picks=picks[1:2])
+    assert torch.equal(together.image[1], alone.image[0])
+    assert torch.equal(together.labels[1], alone.labels[0])
+
+
+def test_cells_keep_their_contract(cells, cascade):
+    assert cells.image.shape == (48, 1, cascade.crop_size, cascade.crop_size)
+    for image, mask, sdf in zip(cells.image, cells.mask, cells.sdf):
+        assert float(image[mask].mean()) == pytest.approx(1.0, abs=1e-3)
+        assert float(image[sdf > 10.5].abs().sum()) == 0.0
+        assert ndimage.label(mask[0].numpy())[1] == 1
+
+
+def test_texture_and_label_agree(cells):
+    """Thresholded halfway between background and cell, a generated cell gives its mask back."""
+    overlap = []
+    for image, mask in zip(cells.image[:, 0], cells.mask[:, 0]):
+        bright = image > 0.5
+        overlap.append(float((bright & mask).sum() / (bright | mask).sum()))
+    assert np.mean(overlap) > 0.8
+
+
+def test_few_masks_are_rejected(cascade, cells):
+    bad = sum(n for why, n in cascade.rejects.items() if why != "drawn")
+    assert bad / cascade.rejects["drawn"] < 0.08
+
+
+def test_density_and_numbers_are_obeyed(cascade, cells):
+    assert cascade.num_cells(keys(3), (128, 128), num_cells=7) == [7, 7, 7]
+    spread = cascade.num_cells(keys(40), (128, 128), num_cells=(2, 5))
+    assert set(spread) == {2, 3, 4, 5}
+    few = cascade.populate(cells, keys(8), (128, 128), density=1e-4)
+    many = cascade.populate(cells, keys(8), (128, 128), density=1e-3)
+    assert few.num_placed.float().mean() * 3 < many.num_placed.float().mean()
+    none = cascade.populate(cells, keys(1), (64, 64), num_cells=0)
+    assert int(none.labels.max()) == 0
+
+
+def test_a_real_background_can_be_asked_for(cascade, cells):
+    model = cascade.populate(cells, keys(2), (96, 96))
+    real = cascade.populate(cells, keys(2), (96, 96), background="real")
+    assert torch.equal(model.labels, real.labels)
+    assert not torch.equal(model.image, real.image)
+
+
+def test_pasting_adds_cells_and_leaves_the_others(cascade, cells):
+    base = cascade.populate(cells, keys(1), (128, 128), num_cells=4)
+    image, labels = base.image[0], base.labels[0]
+    pasted, both = cascade.paste(cells, image, labels, SampleKey(5), num_cells=3)
+    old = labels > 0
+    assert torch.equal(both[old], labels[old])
+    added = (both > 0) & ~old
+    assert int(both.max()) > int(labels.max())
+    assert float(pasted[added].mean()) > float(image[added].mean())
+    counts = torch.bincount(both.flatten().long())[1:]
+    assert (counts >= cascade.config.min_area).all()
+
+
+def test_generate_uses_every_cell_once_and_resumes_by_key(cascade):
+    one = cascade.generate(keys(2), (64, 64), num_cells=3)
+    two = cascade.generate(keys(2)[1:], (64, 64), num_cells=3)
+    assert torch.equal(one.image[1], two.image[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_embedded_cascades_are_small_documented_and_stable(name, tmp_path):
+    folder = find_cascade(name)
+    assert sum(f.stat().st_size for f in folder.rglob("*.safetensors")) <= 12e6
+    card = (folder / "README.md").read_text()
+    for word in ("CC0", "synthaug fit", "steps", "Ljosa"):
+        assert word in card
+    cascade = Cascade.from_pretrained(name)
+    cascade.save_pretrained(tmp_path / "copy", half=True)
+    assert Cascade.from_pretrained(tmp_path / "copy").fingerprint() == cascade.fingerprint()
+
+
+def test_the_stream_of_the_embedded_cascade_is_the_same_for_two_workers(cascade):
+    def batches(num_workers: int) -> list[torch.Tensor]:
+        stream = SynthDataset(cascade, size=(64, 64), batch_size=4, num_cells=3, num_lanes=2, num_batches=6)
+        return [batch["image"] for batch in stream.loader(num_workers=num_workers)]
+
+    for a, b in zip(batches(0), batches(2), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_wrong_folders_and_sizes_are_refused(cascade, cells, tmp_path):
+    with pytest.raises(CheckpointError, match="nuclei-2d"):
+        Cascade.from_pretrained("nuclei-7d")
+    (tmp_path / "half").mkdir()
+    with pytest.raises(CheckpointError, match="--resume"):
+        Cascade.from_pretrained(tmp_path / "half")
+    (tmp_path / "half" / "notes.txt").write_text("x")
+    with pytest.raises(CheckpointError, match="other files"):
+        cascade.save_pretrained(tmp_path / "half")
+    cascade.save_pretrained(tmp_path / "whole")
+    index = tmp_path / "whole" / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "Pipeline"}))
+    with pytest.raises(CheckpointError, match="synthaug cascade"):
+        Cascade.from_pretrained(tmp_path / "whole")
+    with pytest.raises(InputError, match="size"):
+        cascade.populate(cells, keys(1), (4, 4))
+    with pytest.raises(InputError, match="multiple of 8"):
+        CascadeConfig(block_size=3)
+    with pytest.raises(InputError, match="SampleKey"):
+        cascade.cells([])

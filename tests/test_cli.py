@@ -1,0 +1,87 @@
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import tifffile
+
+from synthaug import cli
+from synthaug.datasets.readers import open_pairs
+from tests.shapes import ellipse_frame
+
+
+def run(monkeypatch, *arguments: str) -> int:
+    """Exit code of `synthaug ARGUMENTS`."""
+    monkeypatch.setattr(sys, "argv", ["synthaug", *arguments])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.fixture
+def data(tmp_path):
+    for folder in ("images", "labels"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    for i in range(6):
+        image, labels = ellipse_frame(i, (128, 128))
+        tifffile.imwrite(tmp_path / "data" / "images" / f"{i}.tif", image.astype(np.uint16))
+        tifffile.imwrite(tmp_path / "data" / "labels" / f"{i}.tif", labels.astype(np.uint16))
+    return tmp_path / "data"
+
+
+def test_generate_writes_pairs_and_goes_on_where_it_stopped(monkeypatch, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    common = ["generate", "nuclei-2d", "--size", "64", "--num-cells", "3", "--format", "cellpose"]
+    assert run(monkeypatch, *common, "--out", str(whole), "--num", "6") == 0
+    assert run(monkeypatch, *common, "--out", str(parts), "--num", "2") == 0
+    assert run(monkeypatch, *common, "--out", str(parts), "--num", "6") == 0
+    a, b = open_pairs(whole), open_pairs(parts)
+    assert len(a) == len(b) == 6
+    for i in range(6):
+        for x, y in zip(a.read(i), b.read(i)):
+            np.testing.assert_array_equal(x, y)
+    assert run(monkeypatch, *common, "--out", str(parts), "--num", "6", "--seed", "9") == 2
+    assert "begun with the same settings" in capsys.readouterr().err
+
+
+def test_preview_writes_page_picture_and_numbers(monkeypatch, tmp_path, data):
+    monkeypatch.setattr(cli, "PREVIEW_FRAMES", 8)
+    assert run(monkeypatch, "preview", "nuclei-2d", "--real", str(data), "--out", str(tmp_path / "look")) == 0
+    page = (tmp_path / "look" / "sheet.html").read_text()
+    assert "data:image/png;base64," in page
+    assert (tmp_path / "look" / "sheet.png").stat().st_size > 10_000
+    assert "r2r" in (tmp_path / "look" / "realism.json").read_text()
+
+
+def test_info_names_the_embedded_and_describes_one(monkeypatch, capsys):
+    assert run(monkeypatch, "info") == 0
+    assert "nuclei-2d-u2os" in capsys.readouterr().out
+    assert run(monkeypatch, "info", "nuclei-2d") == 0
+    assert "parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "no-such-cascade"], "no such folder or name"),
+        (["generate", "nuclei-2d", "--out", "x", "--size", "big"], "height x width"),
+        (["fit", "nowhere", "--out", "x"], "nowhere"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["synthaug", "info", "no-such-cascade", "--debug"])
+    with pytest.raises(Exception, match="no such folder or name"):
+        cli.main()
