@@ -152,9 +152,7 @@ def generate(
     done = count_written(out, format.value)
     if done:
         say(f"{done} pairs are there already")
-    stream = frames(
-        model, shape, seed, done, num, num_cells=num_cells, clustering=clustering, background=background
-    )
+    stream = frames(model, shape, seed, done, num, num_cells=num_cells, clustering=clustering, background=background)
     write_pairs(stream, out, format=format.value, dtype=model.config.intensity, start=done)
     typer.echo(f"{out}: {num} pairs in {format.value} layout")
 
@@ -274,9 +272,7 @@ def frames(
         # At least as many fresh cells as the fullest frame needs, so that no frame shows a cell twice.
         fresh = max(-(-sum(asked) // REUSE), *asked, 1)
         cells = model.cells([SampleKey(seed, ("group", group, "cell", i)) for i in range(fresh)])
-        made = model.populate(
-            cells, keys, size, num_cells=num_cells, clustering=clustering, background=background
-        )
+        made = model.populate(cells, keys, size, num_cells=num_cells, clustering=clustering, background=background)
         for i in range(FRAMES_AT_ONCE):
             if start <= first + i < stop:
                 yield made.image[i, 0].numpy(), made.labels[i, 0].numpy()

@@ -26,9 +26,11 @@ class InputError(SynthAugError, ValueError):
     synthaug.errors.InputError: synthetic_ratio: expected a number in [0, 1], got 1.5. Pass 0.5 for a 50:50 mix.
     """
 
-    def __init__(self, what: str, *, expected: str, got: object, remedy: str = "") -> None:
+    def __init__(self, what: str, *, expected: str | None = None, got: object = None, remedy: str = "") -> None:
         self.what, self.expected, self.got, self.remedy = what, expected, got, remedy
-        super().__init__(f"{what}: expected {expected}, got {got}.{' ' + remedy if remedy else ''}")
+        # A DataLoader raises a worker's error again from its text alone; without the rest the text is the message.
+        text = what if expected is None else f"{what}: expected {expected}, got {got}.{' ' + remedy if remedy else ''}"
+        super().__init__(text)
 
 
 class DataError(InputError):

@@ -147,7 +147,7 @@ def test_scores_hold_the_same_numbers() -> None:
 def test_bad_input(pred: object, truth: object, message: str) -> None:
     for function in (seg, average_precision):
         with pytest.raises(InputError, match=message):
-            function(pred, truth)  # type: ignore[operator]
+            function(pred, truth)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("thresholds", [[], [0.0], [1.2]])

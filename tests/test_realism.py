@@ -282,7 +282,7 @@ def test_bad_input() -> None:
     with pytest.raises(InputError, match=r"synthetic\[0\]: expected image and labels of one shape"):
         realism_report(train, train, [(image, labels[:50])])
     with pytest.raises(InputError, match=r"synthetic\[1\]: expected integer labels, got float32"):
-        realism_report(train, train, [train[0], (image, labels.astype(np.float32))])  # type: ignore[list-item]
+        realism_report(train, train, [train[0], (image, labels.astype(np.float32))])
     with pytest.raises(InputError, match="finite image"):
         realism_report(train, train, [(np.full_like(image, np.nan), labels)])
     with pytest.raises(InputError, match=r"tile: expected 64 px up to .* \(192 px\), got 200"):

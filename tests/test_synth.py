@@ -236,14 +236,14 @@ def test_reuse_is_bounded_and_reported() -> None:
 
 
 def test_memory_stays_bounded() -> None:
-    stream = dataset(synthetic_ratio=1.0)
+    stream = dataset(synthetic_ratio=1.0, num_shards=1)
     held = []
     for batch in itertools.islice(stream, 700):
         del batch
         held.append(stream._stream.bank.num_blocks)
     assert max(held[350:]) <= 1.3 * max(held[:350])
     assert max(held) * 4 < stream.stats().fresh_cells / 3
-    assert len(stream._stream.plan._periods) <= 3 * 32
+    assert len(stream._stream.plan._periods) <= 3 * 8
 
 
 def test_starving_with_reuse_is_counted() -> None:
@@ -264,7 +264,7 @@ def test_starving_with_wait_changes_nothing() -> None:
     assert slow.stats().over_bound_uses == 0
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_producer_error_surfaces(num_workers: int) -> None:
     with pytest.raises(ProducerError, match="went up in smoke") as caught:
         for _ in itertools.islice(dataset(cascade=FakeCascade(fail_at=20)).loader(num_workers=num_workers), 100):

@@ -137,4 +137,4 @@ def test_stable_diffusion_layout_fits_the_same_class():
 def test_crop_size_has_to_fit_the_patches():
     with pytest.raises(ValueError, match="multiple of 32"):
         tiny_config(50)
-    assert build_unet(tiny_config(96)).config.in_channels == 8
+    assert build_unet(tiny_config(96)).config.in_channels == 16

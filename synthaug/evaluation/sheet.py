@@ -183,8 +183,9 @@ svg .real{stroke:var(--real);fill:var(--real);fill-opacity:.22}svg .synthetic{st
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.28rem clamp(.4rem,1.5vw,1rem) .28rem 0;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-th:first-child,td:first-child{text-align:left;font-weight:400;white-space:normal;min-width:7.5rem}
-thead th,thead th:first-child{font-weight:600;vertical-align:bottom}
+th:first-child,td:first-child{text-align:left;font-weight:400;white-space:normal;min-width:6.5rem}
+thead th,thead th:first-child{font-weight:600;vertical-align:bottom;white-space:normal}
+@media(max-width:32rem){table{font-size:.85rem}}
 pre{overflow-x:auto;padding:.8rem;border:1px solid var(--line);border-radius:.5rem;background:var(--card);
 font-size:.85rem}
 ul{padding-left:1.2rem}
