@@ -11,21 +11,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from synthaug.errors import InputError
-from synthaug.evaluation.realism import (
-    FEATURE_NAMES,
-    PROPERTIES,
-    Pair,
-    RealismReport,
-    TextureFeatures,
-    cell_properties,
-    cut_by_border,
-    cut_tiles,
-    frechet_distance,
-    near_copies,
-    nearest_distances,
-    polar_descriptors,
-    realism_report,
-)
+from synthaug.evaluation.copies import near_copies, nearest_distances, polar_descriptors
+from synthaug.evaluation.realism import PROPERTIES, RealismReport, cell_properties, realism_report
+from synthaug.evaluation.texture_features import FEATURE_NAMES, TextureFeatures, frechet_distance
+from synthaug.evaluation.tiles import Pair, cut_by_border, cut_tiles
 from synthaug.randomness import SampleKey
 
 

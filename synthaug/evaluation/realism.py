@@ -14,39 +14,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from synthaug.errors import InputError
+from synthaug.evaluation.copies import NearCopies, near_copies
+from synthaug.evaluation.texture_features import FEATURE_NAMES, TextureFeatures, frechet_distance
+from synthaug.evaluation.tiles import (
+    MIN_TILE,
+    TEXTURE_TILE,
+    TILE,
+    Floats,
+    Pair,
+    check_pairs,
+    cut_by_border,
+    cut_tiles,
+    draw_tiles,
+)
 from synthaug.generators.background import cell_contrasts
 from synthaug.randomness import SampleKey
-
-Pair = tuple[NDArray[np.float32], NDArray[np.int32]]
-"""image float32 [Y, X] in camera counts, labels int32 [Y, X], 0 = background."""
-Floats = NDArray[np.float64]
-
-TILE, TEXTURE_TILE, MIN_TILE = 256, 128, 64
-"""Largest tile in pixels for cell statistics and for texture features; smallest frame side that can be compared."""
-
-MAX_TILES = 400
-"""At most so many tiles of each set are measured, drawn at random: more cost minutes and change little."""
-
-_QUANTILES, _SD_QUANTILES = (25, 50, 75, 90, 95, 99), (5, 25, 50, 75, 95)
-_NUM_BANDS, _NUM_SCALES, _NUM_PATTERNS = 10, 4, 9
-
-FEATURE_NAMES: tuple[str, ...] = (
-    "level",
-    "log_spread",
-    *(f"quantile_{q}" for q in _QUANTILES),
-    *(f"log_power_{band}" for band in range(_NUM_BANDS)),
-    *(f"log_haar_{scale}" for scale in range(_NUM_SCALES)),
-    *(f"log_haar_sparsity_{scale}" for scale in range(_NUM_SCALES)),
-    *(f"log_local_sd_{q}" for q in _SD_QUANTILES),
-    "log_noise_5",
-    "log_noise_25",
-    "mean_sd_correlation",
-    *(f"pattern_{k}" for k in range(_NUM_PATTERNS)),
-)
-"""The 43 features of `TextureFeatures`, in order."""
 
 PROPERTIES: dict[str, str] = {
     "area": "px",
@@ -58,153 +42,6 @@ PROPERTIES: dict[str, str] = {
     "density": "cells per 100 × 100 px",
 }
 """What `cell_properties` measures, with units."""
-
-
-def check_pairs(name: str, pairs: Sequence[Pair]) -> None:
-    """Raise InputError unless `pairs` is a non-empty sequence of finite images [Y, X] with integer labels [Y, X]."""
-    if not len(pairs):
-        raise InputError(name, expected="at least one (image, labels) pair", got="none")
-    for index, (image, labels) in enumerate(pairs):
-        image, labels = np.asarray(image), np.asarray(labels)
-        if image.ndim != 2 or image.shape != labels.shape:
-            got = f"{image.shape} and {labels.shape}"
-            raise InputError(f"{name}[{index}]", expected="image and labels of one shape [Y, X]", got=got)
-        if labels.dtype.kind not in "iu":
-            raise InputError(f"{name}[{index}]", expected="integer labels", got=labels.dtype)
-        if not np.isfinite(image).all():
-            raise InputError(f"{name}[{index}]", expected="a finite image", got="NaN or infinity")
-
-
-def cut_tiles(pairs: Sequence[Pair], tile: int) -> list[Pair]:
-    """Tiles [tile, tile] on a centred grid without overlap, labels contiguous from 1 in each."""
-    tiles = []
-    for image, labels in pairs:
-        counts = [n // tile for n in image.shape]
-        top, left = ((n - count * tile) // 2 for n, count in zip(image.shape, counts))
-        for y in range(counts[0]):
-            for x in range(counts[1]):
-                box = np.s_[top + y * tile : top + (y + 1) * tile, left + x * tile : left + (x + 1) * tile]
-                own = np.asarray(labels[box])
-                ids = np.unique(own)
-                contiguous = np.searchsorted(ids[ids > 0], own, side="right").astype(np.int32)
-                tiles.append((np.asarray(image[box], np.float32), contiguous))
-    return tiles
-
-
-def _draw(items: list[Pair], key: SampleKey) -> list[Pair]:
-    if len(items) <= MAX_TILES:
-        return items
-    return [items[i] for i in np.sort(key.numpy().choice(len(items), MAX_TILES, replace=False))]
-
-
-class TextureFeatures:
-    """The fixed extractor behind `frechet_distance`: `FEATURE_NAMES` of one tile, standardised by reference tiles.
-
-    A tile is shifted by its 5 % quantile and divided by its spread (99.5 % minus 5 % quantile, at least a tenth of the
-    reference's median spread, so that empty tiles do not turn into pure noise). Then, in numpy, scipy and scikit-image:
-
-    - `level`, `log_spread`: the 5 % quantile and the spread themselves, in units of the reference's;
-    - `quantile_*`: percentiles of the tile;
-    - `log_power_*`: log mean power (Hann window) in 10 rings of equal log width from 1.5 / tile to 0.5 cycles a pixel;
-    - `log_haar_*`, `log_haar_sparsity_*`: log RMS of the Haar details at 4 scales, and log of mean |detail| over RMS;
-    - `log_local_sd_*`: log percentiles of the standard deviation in 5 x 5 windows;
-    - `log_noise_*`: two of them not divided by the tile's own spread, that is the camera noise of flat areas;
-    - `mean_sd_correlation`: of local mean and log local standard deviation;
-    - `pattern_*`: square roots of the shares of the uniform local binary patterns (8 neighbours, radius 1, after a
-      Gaussian of 1 px; Ojala et al., PAMI 2002).
-
-    Nothing depends on the camera's range or offset: images a * x + b give the same features if the reference does too.
-    Standardised features are cut off at 5 standard deviations, so that a single odd tile does not decide a distance.
-
-    Args:
-        reference: Image tiles [Y, X], all of one size, by which level, spread, mean and standard deviation are fixed.
-    """
-
-    def __init__(self, reference: Sequence[NDArray[np.float32]]) -> None:
-        low, high = np.percentile(np.stack(reference), (5, 99.5), axis=(1, 2))
-        self.level = float(np.median(low))
-        self.spread = max(float(np.median(high - low)), 1e-6)
-        raw = np.stack([self._measure(tile) for tile in reference])
-        self.mean: Floats = raw.mean(0)
-        # All features are logs, shares or quantiles of order 1: with less spread than that a feature is constant.
-        self.sd: Floats = np.maximum(raw.std(0), 0.01)
-
-    def __call__(self, tiles: Sequence[NDArray[np.float32]]) -> Floats:
-        """Standardised features, float64 [N, 43], of image tiles [Y, X] of the reference's size."""
-        raw = np.stack([self._measure(tile) for tile in tiles])
-        return np.clip((raw - self.mean) / self.sd, -5.0, 5.0)
-
-    def _measure(self, tile: NDArray[np.float32]) -> Floats:
-        from scipy import ndimage
-        from skimage.feature import local_binary_pattern
-
-        image = tile.astype(np.float64)
-        low, high = np.percentile(image, (5, 99.5))
-        spread = max(high - low, 0.1 * self.spread)
-        image = (image - low) / spread
-
-        window = np.hanning(len(image))[:, None] * np.hanning(image.shape[1])
-        power = np.abs(np.fft.rfft2((image - image.mean()) * window)) ** 2 / (window**2).sum()
-        frequency = np.hypot(np.fft.fftfreq(len(image))[:, None], np.fft.rfftfreq(image.shape[1]))
-        band = np.digitize(frequency, np.geomspace(1.5 / len(image), 0.5, _NUM_BANDS + 1)) - 1
-        bands = [np.log(power[band == i].mean() + 1e-8) for i in range(_NUM_BANDS)]
-
-        energy, sparsity = [], []
-        coarse = image[: len(image) // 16 * 16, : image.shape[1] // 16 * 16]
-        for _ in range(_NUM_SCALES):
-            a, b, c, d = coarse[::2, ::2], coarse[::2, 1::2], coarse[1::2, ::2], coarse[1::2, 1::2]
-            detail = np.stack([a + b - c - d, a - b + c - d, a - b - c + d]) / 2
-            coarse = (a + b + c + d) / 2
-            rms = np.sqrt((detail**2).mean() + 1e-10)
-            energy.append(np.log(rms))
-            sparsity.append(np.log(np.abs(detail).mean() / rms + 1e-3))
-
-        local_mean = ndimage.uniform_filter(image, 5)
-        variance = np.maximum(ndimage.uniform_filter(image**2, 5) - local_mean**2, 0)
-        log_sd = 0.5 * np.log(variance + 1e-8)[2:-2, 2:-2]
-        sd_quantiles = np.percentile(log_sd, _SD_QUANTILES)
-        noise = sd_quantiles[:2] + np.log(spread / self.spread)
-        means = local_mean[2:-2, 2:-2]
-        scale = means.std() * log_sd.std()
-        correlation = ((means - means.mean()) * (log_sd - log_sd.mean())).mean() / scale if scale > 1e-9 else 0.0
-
-        # Whole numbers, as scikit-image asks for here: ties in float images depend on rounding.
-        smooth = np.rint(ndimage.gaussian_filter(image, 1.0) * 2**16).astype(np.int64)
-        pattern = local_binary_pattern(smooth, 8, 1, "uniform").astype(np.int64)
-        shares = np.sqrt(np.bincount(pattern.ravel(), minlength=_NUM_PATTERNS + 1)[:_NUM_PATTERNS] / pattern.size)
-
-        own = [(low - self.level) / self.spread, np.log(spread / self.spread), *np.percentile(image, _QUANTILES)]
-        return np.array([*own, *bands, *energy, *sparsity, *sd_quantiles, *noise, correlation, *shares])
-
-
-def frechet_distance(first: Floats, second: Floats) -> float:
-    """Squared Fréchet distance between Gaussians fitted to two feature sets; 0 = same mean and covariance.
-
-    |m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½) (Dowson & Landau 1982). The formula is FID's (Heusel et al. 2017), the
-    features are not: numbers compare with those of `TextureFeatures` on the same data set only, never with a published
-    FID. Off-diagonal covariances are shrunk by F / (F + N), so that a few dozen tiles do not blow it up.
-
-    Args:
-        first: float64 [N, F], N >= 2.
-        second: float64 [M, F], M >= 2. Use M = N where distances are compared: the bias depends on the count.
-    """
-
-    def moments(x: Floats) -> tuple[Floats, Floats]:
-        covariance = np.atleast_2d(np.cov(x, rowvar=False))
-        keep = len(x) / (x.shape[1] + len(x))
-        return x.mean(0), keep * covariance + (1 - keep) * np.diag(np.diag(covariance))
-
-    (mean_1, cov_1), (mean_2, cov_2) = moments(first), moments(second)
-    values, vectors = np.linalg.eigh(cov_1)
-    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov_2 @ root), 0)).sum()
-    return max(float(((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1) + np.trace(cov_2) - 2 * cross), 0.0)
-
-
-def cut_by_border(labels: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Ids of the instances that touch the frame's border, sorted."""
-    edge = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
-    return edge[edge > 0]
 
 
 def cell_properties(tiles: Sequence[Pair], min_piece: float = 0.0) -> dict[str, Floats]:
@@ -244,82 +81,6 @@ def cell_properties(tiles: Sequence[Pair], min_piece: float = 0.0) -> dict[str, 
     return {name: np.concatenate([np.zeros(0), *values]) for name, values in found.items()}
 
 
-_NUM_RADII, _NUM_ANGLES, _REACH, _TEXTURE_WEIGHT, _NUM_CANDIDATES = 12, 64, 1.6, 2.0, 64
-
-
-def polar_descriptors(pairs: Sequence[Pair], sigma: float, min_area: int = 20) -> NDArray[np.float32]:
-    """Every whole cell, masked and divided by its mean intensity, resampled on rings around its centre.
-
-    Polar, because aligning by the principal axis fails for nearly round cells: of training cells rotated by 33° it
-    found 10 in 100 at best, trying all rotations of polar samples finds 99 (BBBC039).
-
-    Args:
-        pairs: Frames of any size; cells cut by a border and cells under `min_area` pixels are left out.
-        sigma: Gaussian smoothing in pixels, against camera noise and resampling.
-
-    Returns:
-        float32 [N, 24, 64]: 12 radii up to 1.6 times that of a disc of the same area, first of the soft mask, then of
-        the texture (mean 0, weighted by 2), by 64 angles. Squared differences sum to a mean over the disc.
-    """
-    from scipy import ndimage
-
-    radii = (np.arange(_NUM_RADII) + 0.5) / _NUM_RADII * _REACH
-    angles = np.arange(_NUM_ANGLES) * 2 * np.pi / _NUM_ANGLES
-    weight = np.sqrt(radii / (radii.sum() * _NUM_ANGLES))[:, None]
-    pad = math.ceil(4 * sigma) + 1
-    out = []
-    for image, labels in pairs:
-        free = ndimage.distance_transform_edt(labels == 0) > 6
-        base = float(np.median(image[free])) if free.any() else float(image.min())
-        cut = set(cut_by_border(labels).tolist())
-        for index, box in enumerate(ndimage.find_objects(labels), start=1):
-            if box is None or index in cut:
-                continue
-            own = np.pad(labels[box] == index, pad).astype(np.float32)
-            area = own.sum()
-            light = own * np.pad(image[box] - base, pad)
-            if area < min_area or light.sum() <= 0:
-                continue
-            centre = ndimage.center_of_mass(own)
-            reach = np.sqrt(area / np.pi) * radii[:, None]
-            where = [centre[0] + reach * np.sin(angles), centre[1] + reach * np.cos(angles)]
-            mask = ndimage.map_coordinates(ndimage.gaussian_filter(own, sigma), where, order=1)
-            inside = ndimage.map_coordinates(ndimage.gaussian_filter(light, sigma), where, order=1) * area / light.sum()
-            out.append(np.concatenate([mask * weight, _TEXTURE_WEIGHT * (inside - mask) * weight]))
-    return np.asarray(out, np.float32).reshape(-1, 2 * _NUM_RADII, _NUM_ANGLES)
-
-
-def nearest_distances(cells: NDArray[np.float32], training: NDArray[np.float32]) -> Floats:
-    """Distance of each cell to the training cell it resembles most, over all rotations and mirror images.
-
-    The 64 training cells with the most similar rotation-invariant moduli (one matrix product) are compared in full, by
-    circular correlation over the angle.
-
-    Args:
-        cells: float32 [N, 24, 64] of `polar_descriptors`.
-        training: float32 [M, 24, 64], M >= 1.
-
-    Returns:
-        float64 [N], >= 0; 0 = identical.
-    """
-    turns, training_turns = np.fft.rfft(cells), np.fft.rfft(training)
-    invariant, training_invariant = (
-        np.abs(f[..., :12]).reshape(len(f), -1).astype(np.float32) for f in (turns, training_turns)
-    )
-    norms = (training.astype(np.float64) ** 2).sum((1, 2))
-    count = min(_NUM_CANDIDATES, len(training))
-    best = np.empty(len(cells))
-    for start in range(0, len(cells), 512):
-        block = slice(start, start + 512)
-        rough = (training_invariant**2).sum(1) - 2 * invariant[block] @ training_invariant.T
-        for row, near in enumerate(np.argpartition(rough, count - 1, axis=1)[:, :count], start=start):
-            products = [(f * training_turns[near]).sum(1) for f in (turns[row].conj(), turns[row])]
-            alike = np.fft.irfft(np.stack(products), n=_NUM_ANGLES).max((0, 2))
-            squared = (cells[row].astype(np.float64) ** 2).sum() + norms[near] - 2 * alike
-            best[row] = np.sqrt(max(float(squared.min()), 0.0))
-    return best
-
-
 @dataclass(frozen=True)
 class Distance:
     """One distance between real and real, and between synthetic and real; `*_sd` over subsamples, 0 without any."""
@@ -333,92 +94,6 @@ class Distance:
     def ratio(self) -> float:
         """r2s / r2r; NaN where r2r is 0 or unknown."""
         return self.r2s / self.r2r if self.r2r > 0 else float("nan")
-
-
-@dataclass(frozen=True)
-class NearCopies:
-    """How many cells are near-copies of a training cell.
-
-    Attributes:
-        threshold: Distances under it count as near-copies: where 1 % of the val cells would lie if their log distances
-            were normal, by their median and lower quartile. (Their own 1 % quantile would be set by the duplicates that
-            some data sets hold.)
-        val_share: Of the val cells, in [0, 1]. Much over 0.01 says that val and train share cells.
-        synthetic_share: Of the synthetic cells. Smooth or featureless cells are near to some training cell too, so a
-            large share asks for a look, it does not prove copying.
-        control_share: Of training cells after a rotation by 33° with interpolation: how many copies the test finds.
-        val_median: Median distance of val cells to their nearest training cell.
-        synthetic_median: The same for synthetic cells.
-        num_train: Training cells compared with.
-        num_val: Val cells compared.
-        num_synthetic: Synthetic cells compared.
-    """
-
-    threshold: float
-    val_share: float
-    synthetic_share: float
-    control_share: float
-    val_median: float
-    synthetic_median: float
-    num_train: int
-    num_val: int
-    num_synthetic: int
-
-
-def near_copies(
-    train: Sequence[Pair],
-    val: Sequence[Pair],
-    synthetic: Sequence[Pair],
-    *,
-    max_cells: int = 2000,
-    seed: int = 0,
-) -> NearCopies:
-    """Share of near-copies of training cells among synthetic cells, beside that among val cells.
-
-    Args:
-        train: All frames the generator was trained on; every whole cell of them is compared with.
-        val: Real frames it has not seen.
-        synthetic: Frames it made.
-        max_cells: So many val and so many synthetic cells are compared at most, drawn at random.
-        seed: For that draw.
-
-    Returns:
-        `NearCopies`; NaN shares where a set has no whole cell.
-    """
-    from scipy import ndimage
-
-    def chosen(cells: NDArray[np.float32], name: str) -> NDArray[np.float32]:
-        rng = SampleKey(seed, ("near_copies", name)).numpy()
-        return cells if len(cells) <= max_cells else cells[np.sort(rng.choice(len(cells), max_cells, replace=False))]
-
-    areas = np.concatenate([np.bincount(labels.ravel())[1:] for _, labels in train])
-    sigma = max(0.08 * math.sqrt(float(np.median(areas[areas > 0])) / math.pi), 0.5) if areas.any() else 1.0
-    training = polar_descriptors(train, sigma)
-    others = chosen(polar_descriptors(val, sigma), "val"), chosen(polar_descriptors(synthetic, sigma), "synthetic")
-    counts = len(training), len(others[0]), len(others[1])
-    if not all(counts):
-        unknown = float("nan")
-        return NearCopies(unknown, unknown, unknown, unknown, unknown, unknown, *counts)
-    val_distances, distances = (nearest_distances(cells, training) for cells in others)
-    quartile, median = np.quantile(np.log(val_distances + 1e-6), (0.25, 0.5))
-    threshold = float(np.exp(median - 2.326 * (median - quartile) / 0.6745))
-
-    rotated: list[Pair] = []
-    for image, labels in train[:: max(len(train) // 8, 1)]:
-        whole = np.where(np.isin(labels, cut_by_border(labels)), 0, labels)
-        turned = ndimage.rotate(image, 33.0, order=1, mode="reflect")
-        rotated.append((turned, ndimage.rotate(whole, 33.0, order=0)))
-    control = chosen(polar_descriptors(rotated, sigma), "control")
-    control_share = float((nearest_distances(control, training) < threshold).mean()) if len(control) else float("nan")
-    return NearCopies(
-        threshold,
-        float((val_distances < threshold).mean()),
-        float((distances < threshold).mean()),
-        control_share,
-        float(np.median(val_distances)),
-        float(np.median(distances)),
-        *counts,
-    )
 
 
 @dataclass(frozen=True)
@@ -553,7 +228,7 @@ def realism_report(
 
     texture_tile = min(TEXTURE_TILE, tile)
     draw = SampleKey(seed, ("tiles",))
-    images = [[image for image, _ in _draw(cut_tiles(pairs, texture_tile), draw)] for pairs in sets]
+    images = [[image for image, _ in draw_tiles(cut_tiles(pairs, texture_tile), draw)] for pairs in sets]
     fewest = min(len(group) for group in images)
     if fewest < 4:
         got = [len(group) for group in images]
@@ -572,7 +247,7 @@ def realism_report(
 
     areas = np.concatenate([np.bincount(labels.ravel())[1:] for _, labels in sets[0]])
     min_piece = 0.1 * float(np.median(areas[areas > 0])) if areas.any() else 0.0
-    cells = [cell_properties(_draw(cut_tiles(pairs, tile), draw), min_piece) for pairs in sets]
+    cells = [cell_properties(draw_tiles(cut_tiles(pairs, tile), draw), min_piece) for pairs in sets]
     wasserstein, ks = {}, {}
     for name in PROPERTIES:
         known, unseen_cells, made_cells = (table[name] for table in cells)

@@ -15,16 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from synthaug.evaluation.realism import (
-    MIN_TILE,
-    PROPERTIES,
-    TILE,
-    Pair,
-    RealismReport,
-    cell_properties,
-    check_pairs,
-    cut_tiles,
-)
+from synthaug.evaluation.realism import PROPERTIES, RealismReport, cell_properties
+from synthaug.evaluation.tiles import MIN_TILE, TILE, Pair, check_pairs, cut_tiles
 from synthaug.generators.stage import write_atomic
 
 Bytes = NDArray[np.uint8]
