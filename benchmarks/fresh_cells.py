@@ -46,7 +46,8 @@ def plain_cell(cascade: Cascade, seed: int) -> torch.Tensor:
                 latent, t, texture.prompt, down_block_additional_residuals=down, mid_block_additional_residual=mid
             ).sample
             latent = scheduler.step(velocity, t, latent).prev_sample
-        pixels = texture.vae.decode(latent / texture.config.latent_scale).sample
+        mean, std = texture.latent_moments[:, :, None, None]
+        pixels = texture.vae.decode(latent * std + mean).sample
         return F.pixel_shuffle(pixels, texture.config.patch_size)
 
 

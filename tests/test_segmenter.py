@@ -315,7 +315,9 @@ def test_border_without_interior_is_no_cell() -> None:
     target = np.zeros((20, 20), np.int64)
     target[5:15, 5:15] = BORDER
     assert not instances_from_probabilities(as_probabilities(target)).any()
-    target[9:11, 9:11] = INTERIOR
+    target[6:8, 6:8] = INTERIOR  # a speck of 4 pixels
+    assert not instances_from_probabilities(as_probabilities(target)).any()
+    target[9:12, 9:12] = INTERIOR
     assert instances_from_probabilities(as_probabilities(target)).sum() == 100
 
 

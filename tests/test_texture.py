@@ -138,3 +138,23 @@ def test_crop_size_has_to_fit_the_patches():
     with pytest.raises(ValueError, match="multiple of 32"):
         tiny_config(50)
     assert build_unet(tiny_config(96)).config.in_channels == 16
+
+
+def test_latents_are_normalised_channel_by_channel(stage):
+    image = torch.rand(4, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        raw = stage.encode_moments(image)[0]
+        moments = torch.stack([raw.mean((0, 2, 3)), raw.std((0, 2, 3))])
+        before = stage.latent_moments.clone()
+        stage.set_tables({"latent_moments": moments})
+        normal = stage.encode(image)
+        torch.testing.assert_close(normal.mean((0, 2, 3)), torch.zeros(8), atol=1e-4, rtol=0)
+        torch.testing.assert_close(normal.std((0, 2, 3)), torch.ones(8), atol=1e-3, rtol=0)
+        torch.testing.assert_close(stage.decode(normal), stage.decode_raw(raw), atol=1e-4, rtol=1e-4)
+        stage.set_tables({"latent_moments": before})
+
+
+def test_stable_diffusion_latents_are_scaled_as_its_vae_says():
+    stage = TextureDiffusion(small())
+    scale = stage.vae.config.scaling_factor
+    torch.testing.assert_close(stage.latent_moments, torch.stack([torch.zeros(8), torch.full((8,), 1 / scale)]))

@@ -125,5 +125,6 @@ def save_network(network: nn.Module, folder: Path, *, half: bool) -> None:
     """Write a diffusers model as `config.json` + safetensors."""
     import copy
 
-    model = copy.deepcopy(network).to("cpu", torch.float16 if half else torch.float32)
+    # Not `model.to`: diffusers' own version warns about modules it would keep in float32, an empty list here.
+    model = nn.Module.to(copy.deepcopy(network), "cpu", torch.float16 if half else torch.float32)
     model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]  # diffusers' ModelMixin

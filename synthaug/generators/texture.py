@@ -45,7 +45,6 @@ class TextureConfig:
         rho: Strength of the texture's consistency over slices, eq. 2; 0 = independent slices.
         schedule: Noise schedule, see `build_scheduler`.
         prediction_type: `v_prediction` (tiny) or `epsilon` (Stable Diffusion 1.5).
-        latent_scale: Factor that brings latents to unit variance (0.18215 in Stable Diffusion).
         image_range: Light that maps to -1 and 1 before the VAE; values beyond are kept, not clipped.
     """
 
@@ -60,7 +59,6 @@ class TextureConfig:
     rho: float = 0.7
     schedule: str = "scaled_linear"
     prediction_type: str = "v_prediction"
-    latent_scale: float = 1.0
     image_range: tuple[float, float] = (-0.25, 2.25)
 
 
@@ -159,6 +157,8 @@ class TextureDiffusion(Stage):
         prompt: float32 [1, tokens, cross_attention_dim]; the text embedding given to both networks: that of the empty
             prompt for Stable Diffusion, zeros where there is no text.
         brightness_moments: float32 [2]; mean and standard deviation of the real cells' log brightness.
+        latent_moments: float32 [2, C]; mean and standard deviation of each latent channel, by which latents are brought to
+            mean 0 and variance 1 (Stable Diffusion: 0 and 1 / 0.18215).
     """
 
     config_class = TextureConfig
@@ -170,6 +170,7 @@ class TextureDiffusion(Stage):
     config: TextureConfig
     prompt: Tensor
     brightness_moments: Tensor
+    latent_moments: Tensor
 
     def __init__(
         self,
@@ -185,6 +186,8 @@ class TextureDiffusion(Stage):
         self.scheduler = build_scheduler(config.schedule, config.prediction_type)
         self.register_buffer("prompt", torch.zeros(1, 1, self.unet.config.cross_attention_dim))
         self.register_buffer("brightness_moments", torch.tensor([0.0, 1.0]))
+        channels, scale = self.vae.config.latent_channels, 1 / self.vae.config.scaling_factor
+        self.register_buffer("latent_moments", torch.stack([torch.zeros(channels), torch.full((channels,), scale)]))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -196,15 +199,25 @@ class TextureDiffusion(Stage):
     # Images and latents -------------------------------------------------------------------------------------------
 
     def encode_moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of the (unscaled) latents of `image` float32 [B, S, S]."""
+        """Mean and log variance of the latents of `image` float32 [B, S, S], as the VAE has them."""
         low, high = self.config.image_range
         x = F.pixel_unshuffle((image[:, None] - low) * (2 / (high - low)) - 1, self.config.patch_size)
         x = x.expand(-1, self.vae.config.in_channels, -1, -1) if x.shape[1] == 1 else x  # grey as RGB
         posterior = self.vae.encode(x).latent_dist
         return posterior.mean, posterior.logvar
 
+    def encode(self, image: Tensor) -> Tensor:
+        """Normalised latents float32 [B, C, h, w] of `image` float32 [B, S, S]: what the denoiser works on."""
+        mean, std = self.latent_moments[:, :, None, None]
+        return (self.encode_moments(image)[0] - mean) / std
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Light float32 [B, S, S] of normalised latents."""
+        mean, std = self.latent_moments[:, :, None, None]
+        return self.decode_raw(latent * std + mean)
+
     def decode_raw(self, latent: Tensor) -> Tensor:
-        """Light float32 [B, S, S] of unscaled latents."""
+        """Light float32 [B, S, S] of latents as the VAE has them."""
         low, high = self.config.image_range
         x = self.vae.decode(latent, return_dict=False)[0]
         if self.config.patch_size == 1:
@@ -276,7 +289,7 @@ class TextureDiffusion(Stage):
             noise["latent"][:, 0].to(self.device),
             self.config.num_inference_steps,
         )
-        image = self.decode_raw(latent / self.config.latent_scale)
+        image = self.decode(latent)
         mask = sdf < 0
         image = image * self.window(sdf)
         mean = (image * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp_min(1)

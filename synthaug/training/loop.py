@@ -66,7 +66,7 @@ def train(
     """Train `modules` in place; they end with the EMA weights of the best held-out loss.
 
     Args:
-        modules: Networks whose trainable parameters are fitted.
+        modules: Networks whose parameters are fitted, all of them.
         loss: Key of a step -> scalar loss; all randomness of the step comes from the key, so that a resumed run sees what
             an uninterrupted one would have seen.
         validate: Held-out loss under the current weights; called with EMA weights in place.
@@ -79,7 +79,9 @@ def train(
     """
     from diffusers.training_utils import EMAModel
 
-    parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
+    for module in modules:
+        module.requires_grad_(True)  # networks of a loaded cascade are frozen
+    parameters = [p for m in modules for p in m.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     ema = EMAModel(parameters, decay=config.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     best = [p.detach().clone() for p in parameters]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,9 +31,9 @@ class StageRecipe:
 
 
 SCRATCH = {
-    "masks": StageRecipe(batch_size=64, learning_rate=1e-3, ema_decay=0.999, share=0.28),
-    "vae": StageRecipe(batch_size=8, learning_rate=2e-3, ema_decay=0.998, share=0.22),
-    "texture": StageRecipe(batch_size=32, learning_rate=8e-4, ema_decay=0.999, share=0.50),
+    "masks": StageRecipe(batch_size=64, learning_rate=1e-3, ema_decay=0.999, share=0.33),
+    "vae": StageRecipe(batch_size=8, learning_rate=2e-3, ema_decay=0.998, share=0.26),
+    "texture": StageRecipe(batch_size=32, learning_rate=8e-4, ema_decay=0.999, share=0.41),
 }
 """From random weights."""
 
@@ -195,7 +195,8 @@ def fit_vae(
     if not start:
         with torch.no_grad():
             latents = torch.cat([stage.encode_moments(x)[0] for x in training.image[:512].split(64)])
-        stage.config = replace(stage.config, latent_scale=1 / float(latents.std().clamp_min(1e-3)))
+        moments = torch.stack([latents.mean((0, 2, 3)), latents.std((0, 2, 3)).clamp_min(1e-3)])
+        stage.set_tables({"latent_moments": moments})
     return stage.eval(), result
 
 
@@ -207,11 +208,8 @@ def fit_texture(
     stage = start
     training, held_out = split_crops(crops, seed)
 
-    @torch.no_grad()
-    def latents(image: Tensor) -> Tensor:
-        return stage.encode_moments(image)[0] * stage.config.latent_scale
-
-    latent_v, condition_v = latents(held_out.image), stage.condition(held_out.sdf, held_out.brightness)
+    with torch.no_grad():
+        latent_v, condition_v = stage.encode(held_out.image), stage.condition(held_out.sdf, held_out.brightness)
     generator = SampleKey(seed, ("validation",)).generator()
     noise_v = torch.randn(latent_v.shape, generator=generator)
     timesteps_v = _timesteps(len(latent_v), generator)
@@ -221,7 +219,8 @@ def fit_texture(
         index = torch.randint(len(training), (recipe.batch_size,), generator=g)
         turn = int(torch.randint(8, (1,), generator=g))
         sdf = _dihedral(training.sdf[index], turn)
-        clean = latents(_dihedral(training.image[index], turn))
+        with torch.no_grad():
+            clean = stage.encode(_dihedral(training.image[index], turn))
         condition = stage.condition(sdf, training.brightness[index])
         noise = torch.randn(clean.shape, generator=g)
         return diffusion_loss(
