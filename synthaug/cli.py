@@ -183,17 +183,32 @@ def evaluate(
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:
-    """How real is it: distances synthetic - real beside real - real, and near-copies of training cells."""
+    """How real is it: distances synthetic - real beside real - real, near-copies, agreement of texture and label."""
     from synthaug.cascade import Cascade
+    from synthaug.datasets.crops import extract_crops
+    from synthaug.evaluation.agreement import mask_agreement
     from synthaug.evaluation.realism import realism_report
     from synthaug.generators.stage import write_atomic
+    from synthaug.randomness import SampleKey
 
     model = Cascade.from_pretrained(cascade)
     synthetic = list(frames(model, parse_size(size), seed, 0, num))
-    report = realism_report(read_pairs(train), read_pairs(val), synthetic)
+    held_out = read_pairs(val)
+    report = realism_report(read_pairs(train), held_out, synthetic)
+    cells = model.cells([SampleKey(seed, ("agreement", i)) for i in range(128)])
+    crops = extract_crops(held_out, crop_size=model.crop_size, min_area=model.config.min_area)
+    agreement = {
+        "generated": float(mask_agreement(cells.image[:, 0], cells.sdf[:, 0]).mean()),
+        "real": float(mask_agreement(crops.image, crops.sdf).mean()),
+    }
+    drawn = max(model.rejects["drawn"], 1)
+    rejected = {why: n / drawn for why, n in model.rejects.items() if why != "drawn"}
     typer.echo(report.table())
+    typer.echo(f"thresholded cell against its mask, mean IoU: {agreement}")
+    typer.echo(f"masks drawn again: {sum(rejected.values()):.1%} {rejected}")
     if out:
-        write_atomic(out, (json.dumps(report.as_dict(), indent=2) + "\n").encode())
+        record = {**report.as_dict(), "mask_agreement": agreement, "rejected": rejected}
+        write_atomic(out, (json.dumps(record, indent=2) + "\n").encode())
 
 
 @app.command()

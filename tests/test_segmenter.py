@@ -17,6 +17,7 @@ from synthaug.evaluation.segmenter import (
     BACKGROUND,
     BORDER,
     INTERIOR,
+    SEAM_WEIGHT,
     TrainTransform,
     build_segmenter,
     instances_from_probabilities,
@@ -26,6 +27,7 @@ from synthaug.evaluation.segmenter import (
     score,
     targets_from_labels,
     train_segmenter,
+    weights_from_labels,
 )
 from synthaug.randomness import SampleKey
 
@@ -130,6 +132,29 @@ def test_targets_of_an_empty_frame() -> None:
     assert not targets_from_labels(np.zeros((9, 7), np.int32)).any()
 
 
+def test_seams_between_cells_weigh_more() -> None:
+    labels = np.zeros((20, 40), np.uint16)
+    labels[5:15, 4:14] = 1
+    labels[5:15, 15:24] = 2  # 1 pixel from the first
+    labels[5:15, 31:38] = 3  # 7 pixels from the second
+    weights = weights_from_labels(labels)
+    assert weights.dtype == np.float32
+    assert np.unique(weights).tolist() == [1, SEAM_WEIGHT]
+    assert np.flatnonzero(weights[10] == SEAM_WEIGHT).tolist() == [12, 13, 14, 15, 16]  # the gap included
+    assert (weights_from_labels(np.zeros((5, 5), np.int32)) == 1).all()
+    assert (weights_from_labels(np.ones((5, 5), np.int32)) == 1).all()
+
+
+def test_the_weights_count_in_the_loss() -> None:
+    batch = next(batches(1, 48, 2))
+    wrong = (batch["target"] == BORDER).float()  # the oracle sees a blank image: everything is background
+    blank = {**batch, "image": torch.zeros_like(batch["image"])}
+    losses = [
+        train_segmenter([{**blank, "weight": 1 + factor * wrong}], 1, model=Oracle())[1].losses[0] for factor in (0, 9)
+    ]
+    assert losses[1] > 2 * losses[0]
+
+
 @pytest.mark.parametrize("labels", [np.zeros((4, 4), np.float32), np.zeros((1, 4, 4), np.int32)])
 def test_targets_refuse_what_is_no_label_image(labels: Any) -> None:
     with pytest.raises(InputError, match=r"integers \[Y, X\]"):
@@ -179,6 +204,7 @@ def test_image_label_and_target_stay_aligned() -> None:
         bright = out["image"][0] > out["image"][0][~cell].mean() + apart / 2
         assert (bright == cell).float().mean() > 0.97
         np.testing.assert_array_equal(out["target"], targets_from_labels(out["label"][0].numpy()))
+        np.testing.assert_array_equal(out["weight"], weights_from_labels(out["label"][0].numpy()))
         seen.add(out["label"].numpy().tobytes())
     assert len(seen) == 8  # four quarter turns, flipped and not
 
@@ -256,7 +282,8 @@ def test_training_says_what_is_wrong_with_the_batches() -> None:
         train_segmenter([{"image": torch.zeros(1, 1, 32, 32)}], 1)
     with pytest.raises(InputError, match="steps: expected"):
         train_segmenter([], 0)
-    bad = {"image": torch.full((2, 1, 32, 32), torch.nan), "target": torch.zeros(2, 32, 32, dtype=torch.int64)}
+    target = torch.zeros(2, 32, 32, dtype=torch.int64)
+    bad = {"image": torch.full((2, 1, 32, 32), torch.nan), "target": target, "weight": torch.ones(2, 32, 32)}
     with pytest.raises(FloatingPointError, match="at step 0"):
         train_segmenter([bad], 1)
 
