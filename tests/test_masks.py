@@ -51,8 +51,13 @@ def test_long_axis_is_laid_along_x():
 
 def test_signed_distance_is_negative_inside_and_metric():
     sdf = signed_distance(ellipse(a=20, b=20))
-    assert sdf[32, 32] == pytest.approx(-19, abs=1)  # the peak itself is rounded by the smoothing
+    assert sdf[32, 32 + 10] == pytest.approx(-10, abs=1)
     assert sdf[32, 32 + 26] == pytest.approx(6, abs=1)
+
+
+def test_signed_distance_keeps_the_area():
+    for mask in (ellipse(a=20, b=9), ellipse(a=4, b=3), np.pad(np.ones((3, 3), bool), 10)):
+        assert (signed_distance(mask) < 0).sum() == mask.sum()
 
 
 @pytest.mark.parametrize(

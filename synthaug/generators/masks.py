@@ -229,11 +229,18 @@ def why_rejected(mask: NDArray[np.bool_], touches_edge: bool) -> str | None:
 
 
 def signed_distance(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Signed distance to the pixel outline of `mask`, negative inside, smoothed over a pixel to undo the staircase."""
+    """Signed distance to the outline of `mask` [Y, X], negative inside, without the staircase of its pixels.
+
+    Smoothed over 1.2 px and shifted so that the area stays: turned by any angle and cut at 0, outlines of real nuclei keep
+    their solidity within 0.003; without smoothing they come out ragged (see benchmarks/README.md).
+    """
     outside = ndimage.distance_transform_edt(~mask)
     inside = ndimage.distance_transform_edt(mask)
-    distance = np.where(mask, 0.5 - inside, outside - 0.5)
-    return ndimage.gaussian_filter(distance, 0.8).astype(np.float32)
+    distance = ndimage.gaussian_filter(np.where(mask, 0.5 - inside, outside - 0.5), 1.2)
+    area = int(mask.sum())
+    if 0 < area < mask.size:
+        distance -= np.partition(distance, [area - 1, area], axis=None)[area - 1 : area + 1].mean()
+    return distance.astype(np.float32)
 
 
 def principal_angle(mask: Tensor) -> Tensor:
