@@ -10,6 +10,7 @@ from synthaug.generators.masks import MaskConfig, MaskDDPM
 from synthaug.generators.texture import TextureDiffusion, tiny_config
 from synthaug.randomness import SampleKey
 from synthaug.training import recipes
+from synthaug.types import Cells
 from tests.shapes import ellipse_frame
 
 
@@ -84,3 +85,43 @@ def test_the_autoencoder_loss_falls_with_the_error_and_ignores_far_background():
     losses = [float(recipes._vae_loss(Perfect(e), image, sdf, zero)) for e in (0 * inside, outside, inside)]
     assert losses[0] == pytest.approx(0.0, abs=1e-6)
     assert losses[0] < losses[1] < 0.3 * losses[2]
+
+
+def test_contrast_is_that_of_the_texture_inside():
+    sdf = torch.full((1, 48, 48), 5.0)
+    sdf[:, 8:40, 8:40] = -6.0
+    rows = (torch.arange(48) // 3 % 2).float()  # stripes of 3 px: texture, not pixel noise
+    striped = rows[None, :, None].expand(1, 48, 48)
+    assert recipes.texture_contrast(striped, sdf) > 0.1
+    assert recipes.texture_contrast(2 * striped, sdf) == pytest.approx(2 * recipes.texture_contrast(striped, sdf))
+    assert recipes.texture_contrast(torch.ones(1, 48, 48), sdf) == pytest.approx(0, abs=1e-5)
+    assert recipes.texture_contrast(striped, sdf.abs()) == 0.0
+
+
+def test_calibration_finds_the_scale_that_gives_the_contrast_back():
+    with pytest.warns(UserWarning, match="whole cells"):
+        crops = extract_crops([ellipse_frame(0)], crop_size=64)
+
+    class Half:
+        """Paints stripes whose height is 0.87 times the noise scale; real ones have height 1."""
+
+        config = tiny_config(64)
+
+        def encode(self, image):
+            return image
+
+        def stripes(self, height):
+            rows = (torch.arange(64) // 3 % 2).float() * height
+            return rows[None, :, None].expand(len(crops), 64, 64)
+
+        def decode(self, latent):
+            return self.stripes(1.0)
+
+        def draw(self, keys):
+            return {}
+
+        def __call__(self, masks, noise):
+            image = self.stripes(0.87 * self.config.noise_scale)[:, None]
+            return Cells(image, masks.sdf[:, None], masks.brightness, masks.scale)
+
+    assert recipes.calibrate_contrast(Half(), crops, seed=0) == pytest.approx(1 / 0.87, abs=0.01)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,6 +17,7 @@ from synthaug.generators.masks import MaskConfig, MaskDDPM, principal_angle
 from synthaug.generators.texture import TextureDiffusion, tiny_config
 from synthaug.randomness import SampleKey
 from synthaug.training.loop import LoopConfig, LoopResult, train
+from synthaug.types import CellMasks
 
 Log = Callable[[str], None]
 
@@ -237,7 +239,42 @@ def fit_texture(
 
     modules = [stage.unet, stage.controlnet]
     result = train(modules, loss, validate, _loop_config(recipe, budget_s, seed, adapt), checkpoint, log)
-    return stage.eval(), result
+    stage.eval()
+    stage.config = replace(stage.config, noise_scale=calibrate_contrast(stage, held_out, seed))
+    log(f"noise scale {stage.config.noise_scale:.3f}")
+    return stage, result
+
+
+def texture_contrast(image: Tensor, sdf: Tensor) -> float:
+    """Standard deviation, inside cells, of what differs between a pixel's 3 x 3 and its 9 x 9 surroundings.
+
+    Args:
+        image: float32 [N, S, S].
+        sdf: float32 [N, S, S]; only pixels deeper than 3 px count, so that outlines do not.
+    """
+    fine = F.avg_pool2d(image[:, None], 3, 1, 1) - F.avg_pool2d(image[:, None], 9, 1, 4)
+    inside = fine[:, 0][sdf < -3]
+    return float(inside.std()) if inside.numel() > 1 else 0.0
+
+
+@torch.no_grad()
+def calibrate_contrast(stage: TextureDiffusion, crops: CropSet, seed: int) -> float:
+    """The `noise_scale` at which generated textures have the contrast of real ones, in [1, 1.3].
+
+    Real crops are taken through the autoencoder first, which takes their camera noise out. By interpolation between three
+    scales; 1 if no cell is deep enough to measure.
+    """
+    masks = CellMasks(sdf=crops.sdf, brightness=crops.brightness, scale=crops.scale)
+    target = texture_contrast(stage.decode(stage.encode(crops.image)), crops.sdf)
+    if target == 0:
+        return 1.0
+    noise = stage.draw([SampleKey(seed, ("contrast", i)) for i in range(len(crops))])
+    plain, scales, contrasts = stage.config, (1.0, 1.15, 1.3), []
+    for scale in scales:
+        stage.config = replace(plain, noise_scale=scale)
+        contrasts.append(texture_contrast(stage(masks, noise).image[:, 0], crops.sdf))
+    stage.config = plain
+    return float(np.interp(target, contrasts, scales))
 
 
 def _sample(x: Tensor, most: int = 2_000_000) -> Tensor:
