@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from synthaug.datasets.crops import HALO, crop_size_for, enclosing_circle, extract_crops
+from synthaug.datasets.crops import crop_size_for, enclosing_circle, extract_crops
 from synthaug.errors import DataError
+from synthaug.generators.texture import HALO
 from tests.shapes import ellipse_frame
 
 

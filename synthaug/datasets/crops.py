@@ -22,12 +22,7 @@ from torch import Tensor
 from synthaug.errors import DataError
 from synthaug.generators.background import cell_contrasts
 from synthaug.generators.masks import signed_distance
-
-HALO = 10
-"""Pixels around the outline in which a cell's light fades to nothing."""
-
-FADE_START = 5
-"""Distance from the outline, in pixels, up to which the measured light is kept unchanged."""
+from synthaug.generators.texture import HALO, fade
 
 MIN_RELATIVE_CONTRAST = 0.05
 """Cells dimmer than this share of their frame's median are annotation without signal; they cannot be normalised."""
@@ -78,12 +73,6 @@ def enclosing_circle(points: NDArray[np.float64], num_iterations: int = 64) -> t
         farthest = points[np.argmax(((points - centre) ** 2).sum(1))]
         centre = centre + (farthest - centre) / (i + 1)
     return centre, float(np.sqrt(((points - centre) ** 2).sum(1).max()))
-
-
-def fade(distance: Tensor) -> Tensor:
-    """Window on a cell's light: 1 up to `FADE_START` px outside the outline, then a half cosine to 0 at `HALO`."""
-    t = ((distance - FADE_START) / (HALO - FADE_START)).clamp(0, 1)
-    return 0.5 + 0.5 * torch.cos(t * torch.pi)
 
 
 def crop_size_for(radii: NDArray[np.float32]) -> int:

@@ -37,6 +37,9 @@ BATCH_SIZE = 8
 NUM_LANES = 2
 """Parts of the stream, each with cells of its own: few, as there is one worker, so that less must be made beforehand."""
 
+MAX_REUSE = 48
+"""Uses of a cell: one core then makes cells faster than this small network, on another one, uses them up."""
+
 SHEET_FRAMES = 4
 NUM_PICTURES = 4
 ARMS = {"real only": 0.0, "50:50 mix": 0.5}
@@ -141,6 +144,7 @@ def _train(
         real=real,
         synthetic_ratio=ratio,
         seed=seed,
+        max_reuse=MAX_REUSE,
         num_lanes=NUM_LANES,
         num_batches=steps,
         transform=TrainTransform(),

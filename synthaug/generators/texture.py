@@ -22,8 +22,11 @@ from synthaug.generators.stage import Noise, Stage
 from synthaug.randomness import SampleKey, normal
 from synthaug.types import CellMasks, Cells
 
-HALO = 10.0
-"""Pixels around the outline in which a cell's light fades to nothing; the same as in the crops it was learned from."""
+HALO = 10
+"""Pixels around the outline in which a cell's light fades to nothing, in training crops and in what is generated."""
+
+FADE_START = 5
+"""Distance from the outline, in pixels, up to which light is kept unchanged."""
 
 CONDITION_CHANNELS = 3
 """What the control branch sees: signed distance near the outline, the mask itself, log brightness."""
@@ -64,6 +67,12 @@ class TextureConfig:
     schedule: str = "scaled_linear"
     prediction_type: str = "v_prediction"
     image_range: tuple[float, float] = (-0.25, 2.25)
+
+
+def fade(distance: Tensor) -> Tensor:
+    """Window on a cell's light: 1 up to `FADE_START` px outside the outline, then a half cosine to 0 at `HALO`."""
+    t = ((distance - FADE_START) / (HALO - FADE_START)).clamp(0, 1)
+    return 0.5 + 0.5 * torch.cos(t * torch.pi)
 
 
 def tiny_config(crop_size: int, **changes: Any) -> TextureConfig:
@@ -305,5 +314,4 @@ class TextureDiffusion(Stage):
         size = sdf.shape[-1]
         axis = torch.arange(size, device=sdf.device) - (size - 1) / 2
         from_edge = size / 2 - torch.hypot(axis[:, None], axis[None, :])
-        outline = 0.5 + 0.5 * torch.cos(((sdf - HALO / 2) / (HALO / 2)).clamp(0, 1) * torch.pi)
-        return outline * (from_edge / 3).clamp(0, 1)
+        return fade(sdf) * (from_edge / 3).clamp(0, 1)

@@ -240,7 +240,9 @@ def fit_texture(
     modules = [stage.unet, stage.controlnet]
     result = train(modules, loss, validate, _loop_config(recipe, budget_s, seed, adapt), checkpoint, log)
     stage.eval()
-    stage.config = replace(stage.config, noise_scale=calibrate_contrast(stage, held_out, seed))
+    # All crops, not only the few held out: one factor cannot over-fit, but ten cells are too few to measure it.
+    some = torch.randperm(len(crops), generator=SampleKey(seed, ("calibration",)).generator())[:96]
+    stage.config = replace(stage.config, noise_scale=calibrate_contrast(stage, crops.select(some), seed))
     log(f"noise scale {stage.config.noise_scale:.3f}")
     return stage, result
 
