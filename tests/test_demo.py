@@ -140,9 +140,9 @@ def test_a_worker_makes_the_same_batches(run: Run, images: Path, tmp_path: Path)
 
 def test_minutes_stand_for_a_number_of_steps(images: Path, tmp_path: Path) -> None:
     results = run_demo(
-        tmp_path, minutes=0.01, log=lambda line: None, cascade=FakeCascade(), images=images, num_workers=0
+        tmp_path, minutes=0.005, log=lambda line: None, cascade=FakeCascade(), images=images, num_workers=0
     )
-    assert results["steps"] == round(0.01 * demo.STEPS_PER_MINUTE) == 1
+    assert results["steps"] == round(0.005 * demo.STEPS_PER_MINUTE) == 1
 
 
 def test_threads_are_given_back(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

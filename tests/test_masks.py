@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from synthaug.generators.masks import MaskConfig, MaskDDPM, principal_angle, signed_distance, why_rejected
+from synthaug.generators.masks import MaskConfig, MaskDDPM, blur, principal_angle, signed_distance, why_rejected
 from synthaug.randomness import SampleKey
 
 SMALL = MaskConfig(crop_size=32, block_out_channels=(16, 32), num_inference_steps=2)
@@ -110,3 +110,12 @@ def test_round_trip_on_disk(stage, tmp_path):
     again = MaskDDPM.from_pretrained(tmp_path / "masks")
     noise = stage.draw([SampleKey(0, (i,)) for i in range(3)])
     assert torch.equal(stage(noise)[0].sdf, again(noise)[0].sdf)
+
+
+def test_blur_keeps_constants_and_rounds_steps():
+    step = torch.zeros(1, 1, 16, 16)
+    step[..., 8:] = 1
+    soft = blur(step, 0.7)
+    assert torch.equal(blur(step, 0.0), step)
+    torch.testing.assert_close(blur(torch.full((1, 1, 8, 8), 3.0), 0.7), torch.full((1, 1, 8, 8), 3.0))
+    assert 0.1 < float(soft[0, 0, 8, 7]) < 0.5 < float(soft[0, 0, 8, 8]) < 0.9

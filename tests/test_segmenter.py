@@ -239,7 +239,7 @@ def test_the_same_batches_give_the_same_network() -> None:
 
 @pytest.fixture(scope="module")
 def trained() -> nn.Module:
-    return train_segmenter(batches(70), 70)[0]
+    return train_segmenter(batches(240), 240)[0]
 
 
 def test_a_short_training_parts_touching_discs(trained: nn.Module) -> None:

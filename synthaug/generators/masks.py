@@ -8,6 +8,7 @@ shape.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ class MaskConfig:
         layers_per_block: Residual blocks a level.
         num_inference_steps: DDIM steps.
         eta: 0 for deterministic DDIM, 1 for DDPM noise (the paper's code).
+        outline_smoothing: Standard deviation, in grid pixels, of a Gaussian over sampled distances: rounds off the last
+            wobble of a small network. Real outlines keep their circularity at this width.
         bandwidth: Kernel width of the size-brightness density, in units of `MaskDDPM.spread`.
     """
 
@@ -54,6 +57,7 @@ class MaskConfig:
     layers_per_block: int = 1
     num_inference_steps: int = 10
     eta: float = 0.0
+    outline_smoothing: float = 0.7
     bandwidth: float = 0.15
 
 
@@ -208,11 +212,22 @@ class MaskDDPM(Stage):
         edge = torch.cat([inside[:, 0], inside[:, -1], inside[:, :, 0], inside[:, :, -1]], 1).any(1)
         # The largest circle that fits keeps `margin` pixels; a larger cell is stored at a coarser scale, never cut.
         scale = (radius / (config.crop_size / 2 - config.margin)).clamp_min(1.0)
-        outline = (self.from_grid(sample, radius, scale) < 0).cpu().numpy()
+        smooth = F.pixel_unshuffle(blur(grid[:, None], config.outline_smoothing), config.patch_size)
+        outline = (self.from_grid(smooth, radius, scale) < 0).cpu().numpy()
         # Far from the outline the samples are truncated; the other stages need metric distances there.
         sdf = torch.from_numpy(np.stack([signed_distance(m) for m in outline])).to(self.device)
         rejects = [why_rejected(m, bool(e)) for m, e in zip(outline, edge.cpu())]
         return CellMasks(sdf=sdf, brightness=brightness, scale=scale), rejects
+
+
+def blur(image: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of `image` [B, 1, Y, X], its border repeated outwards."""
+    if sigma <= 0:
+        return image
+    reach = math.ceil(3 * sigma)
+    weight = torch.exp(-(torch.arange(-reach, reach + 1, device=image.device) ** 2) / (2 * sigma**2))
+    kernel = weight[:, None] * weight / weight.sum() ** 2
+    return F.conv2d(F.pad(image, (reach,) * 4, mode="replicate"), kernel[None, None])
 
 
 def why_rejected(mask: NDArray[np.bool_], touches_edge: bool) -> str | None:
