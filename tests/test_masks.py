@@ -119,3 +119,10 @@ def test_blur_keeps_constants_and_rounds_steps():
     assert torch.equal(blur(step, 0.0), step)
     torch.testing.assert_close(blur(torch.full((1, 1, 8, 8), 3.0), 0.7), torch.full((1, 1, 8, 8), 3.0))
     assert 0.1 < float(soft[0, 0, 8, 7]) < 0.5 < float(soft[0, 0, 8, 8]) < 0.9
+
+
+def test_no_path_of_the_machine_is_saved(stage, tmp_path):
+    stage.save_pretrained(tmp_path / "one")
+    MaskDDPM.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
+    for folder in ("one", "two"):
+        assert str(tmp_path) not in (tmp_path / folder / "unet" / "config.json").read_text()
