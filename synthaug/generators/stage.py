@@ -128,6 +128,8 @@ def save_network(network: nn.Module, folder: Path, *, half: bool) -> None:
     # Not `model.to`: diffusers' own version warns about modules it would keep in float32, an empty list here.
     model = nn.Module.to(copy.deepcopy(network), "cpu", torch.float16 if half else torch.float32)
     model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]  # diffusers' ModelMixin
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("_name_or_path", None)  # where it was loaded from: a path of this machine
-    write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    path = folder / "config.json"
+    if path.is_file():
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)  # where it was loaded from: a path of this machine
+        write_atomic(path, (json.dumps(config, indent=2) + "\n").encode())
