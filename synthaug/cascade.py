@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -36,6 +37,9 @@ ALIASES = {"nuclei-2d": "nuclei-2d-u2os"}
 
 MAX_ATTEMPTS = 12
 """How often a rejected mask is redrawn. At 5 % rejects, the chance to run out is 1 in 10^15."""
+
+REACHED = 0.8
+"""Share of the cells asked for below which a population warns; a crowded frame may always miss one."""
 
 NumCells = int | tuple[int, int] | None
 
@@ -229,6 +233,14 @@ class Cascade(nn.Module):
             picks = [_pick(k.child("pick"), n, len(cells)) for k, n in zip(keys, asked)]
         noise = self.population.draw([k.child("place") for k in keys], shape, [len(p) for p in picks])
         scenes = self.population(cells, picks, noise, shape, clustering=clustering)
+        asked_for, placed = int(scenes.num_requested.sum()), int(scenes.num_placed.sum())
+        if placed < REACHED * asked_for:
+            pixels = len(keys) * shape[0] * shape[1] / 1e4
+            warnings.warn(
+                f"only {placed} of {asked_for} cells found a free place: {placed / pixels:.1f} cells per 100 x 100 px "
+                f"instead of {asked_for / pixels:.1f}. Ask for fewer cells or a larger size.",
+                stacklevel=2,
+            )
         camera = self.background.draw(keys, shape)
         image = self.background(scenes.light, scenes.labels, styles, camera, background)
         pixel = self.config.pixel_size_um

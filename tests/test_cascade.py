@@ -129,6 +129,13 @@ def test_density_and_numbers_are_obeyed(cascade, cells):
     assert int(none.labels.max()) == 0
 
 
+def test_a_density_out_of_reach_is_said_with_the_one_reached(cascade, cells):
+    with pytest.warns(UserWarning, match=r"of 400 cells found a free place: .* instead of 244\.1"):
+        crowded = cascade.populate(cells, keys(1), (128, 128), num_cells=400)
+    assert 5 < int(crowded.num_placed) < 100
+    assert violations(crowded, cascade.config.min_area) == []
+
+
 def test_a_real_background_can_be_asked_for(cascade, cells):
     model = cascade.populate(cells, keys(2), (96, 96))
     real = cascade.populate(cells, keys(2), (96, 96), background="real")
