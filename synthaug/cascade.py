@@ -76,9 +76,9 @@ class Cascade(nn.Module):
         config: See `CascadeConfig`.
         masks, texture, background, population: The trained stages.
 
-    >>> cascade = Cascade.from_pretrained("nuclei-2d")  # doctest: +SKIP
-    >>> population = cascade.generate([SampleKey(0, ("frame", 0))], size=(256, 256))  # doctest: +SKIP
-    >>> population.image.shape, population.labels.dtype  # doctest: +SKIP
+    >>> cascade = Cascade.from_pretrained("nuclei-2d")
+    >>> population = cascade.generate([SampleKey(0, ("frame", 0))], size=(256, 256))
+    >>> population.image.shape, population.labels.dtype
     (torch.Size([1, 1, 256, 256]), torch.int32)
     """
 

@@ -27,7 +27,7 @@ def run(monkeypatch, *arguments: str) -> int:
 def data(tmp_path):
     for folder in ("images", "labels"):
         (tmp_path / "data" / folder).mkdir(parents=True)
-    for i in range(6):
+    for i in range(8):
         image, labels = ellipse_frame(i, (128, 128))
         tifffile.imwrite(tmp_path / "data" / "images" / f"{i}.tif", image.astype(np.uint16))
         tifffile.imwrite(tmp_path / "data" / "labels" / f"{i}.tif", labels.astype(np.uint16))
@@ -56,6 +56,17 @@ def test_preview_writes_page_picture_and_numbers(monkeypatch, tmp_path, data):
     assert "data:image/png;base64," in page
     assert (tmp_path / "look" / "sheet.png").stat().st_size > 10_000
     assert "r2r" in (tmp_path / "look" / "realism.json").read_text()
+
+
+def test_preview_of_two_images_has_pictures_but_no_numbers(monkeypatch, tmp_path, data, capsys):
+    monkeypatch.setattr(cli, "PREVIEW_FRAMES", 4)
+    for folder in ("images", "labels"):
+        for path in sorted((data / folder).iterdir())[2:]:
+            path.unlink()
+    assert run(monkeypatch, "preview", "nuclei-2d", "--real", str(data), "--out", str(tmp_path / "look")) == 0
+    assert "no realism numbers" in capsys.readouterr().err
+    assert (tmp_path / "look" / "sheet.png").is_file()
+    assert not (tmp_path / "look" / "realism.json").exists()
 
 
 def test_info_names_the_embedded_and_describes_one(monkeypatch, capsys):
