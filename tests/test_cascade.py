@@ -80,6 +80,11 @@ def test_two_thousand_populations_without_a_violation(cascade, cells):
     assert aligned == total
 
 
+@pytest.mark.usefixtures("untouched_random_state")
+def test_loading_and_generating_leave_the_global_random_state_alone():
+    Cascade.from_pretrained("nuclei-2d").generate(keys(1), (64, 64), num_cells=2)
+
+
 def test_a_keys_cell_does_not_depend_on_its_company(cascade, cells):
     some = [5, 17, 2]
     again = cascade.cells([SampleKey(0, ("cell", i)) for i in some])

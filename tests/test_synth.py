@@ -247,7 +247,7 @@ def test_memory_stays_bounded() -> None:
 
 
 def test_starving_with_reuse_is_counted() -> None:
-    stream = dataset(cascade=FakeCascade(delay=0.02), synthetic_ratio=1.0, on_starve="reuse", max_reuse=2)
+    stream = dataset(cascade=FakeCascade(delay=0.05), synthetic_ratio=1.0, on_starve="reuse", max_reuse=2)
     batches = list(itertools.islice(stream, 40))
     stats = stream.stats()
     assert len(batches) == 40
@@ -257,7 +257,7 @@ def test_starving_with_reuse_is_counted() -> None:
 
 
 def test_starving_with_wait_changes_nothing() -> None:
-    slow = dataset(cascade=FakeCascade(delay=0.01))
+    slow = dataset(cascade=FakeCascade(delay=0.03))
     assert digest(slow, 10) == digest(dataset(), 10)
     assert slow.stats().starved_batches > 0
     assert slow.stats().wait_seconds > 0

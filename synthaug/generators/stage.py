@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -87,8 +88,9 @@ class Stage(nn.Module):
                 str(path), expected=f"fields {sorted(known)}", got=f"unknown {unknown}", remedy="Update synthaug."
             )
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-        networks = {name: load(folder / name) for name, load in cls.component_loaders.items()}
-        stage = cls(cls.config_class(**values), **networks)
+        with untouched_generator():
+            networks = {name: load(folder / name) for name, load in cls.component_loaders.items()}
+            stage = cls(cls.config_class(**values), **networks)
         tables = folder / "tables.safetensors"
         if tables.is_file():
             stage.set_tables(load_file(tables))
@@ -105,6 +107,11 @@ class Stage(nn.Module):
             if name not in own:
                 raise CheckpointError(type(self).__name__, expected=f"tables {sorted(own)}", got=repr(name))
             setattr(self, name, value.to(self.device))
+
+
+def untouched_generator() -> AbstractContextManager[None]:
+    """For building networks: torch fills new layers from its global generator, whose state is put back afterwards."""
+    return torch.random.fork_rng(devices=[])
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from synthaug.datasets.crops import CropSet
 from synthaug.generators.diffusion import NUM_TRAIN_TIMESTEPS, diffusion_loss
 from synthaug.generators.masks import MaskConfig, MaskDDPM, principal_angle
+from synthaug.generators.stage import untouched_generator
 from synthaug.generators.texture import TextureDiffusion, tiny_config
 from synthaug.randomness import SampleKey
 from synthaug.training.loop import LoopConfig, LoopResult, train
@@ -97,7 +98,8 @@ def fit_masks(
 ) -> tuple[MaskDDPM, LoopResult]:
     """Train the outlines on the crops' signed distances, long axis along x, flipped at random."""
     recipe = (ADAPT if start else SCRATCH)["masks"]
-    stage = start or MaskDDPM(MaskConfig(crop_size=crops.image.shape[-1]))
+    with untouched_generator():
+        stage = start or MaskDDPM(MaskConfig(crop_size=crops.image.shape[-1]))
     if not start:
         initialise(stage.unet, SampleKey(seed, ("masks",)))
     attributes = torch.stack([crops.radius.log(), crops.brightness.log()], 1)
@@ -171,7 +173,8 @@ def fit_vae(
         low, high = (float(q) for q in torch.quantile(_sample(crops.image), torch.tensor([0.0005, 0.9995])))
         span = max(high - low, 1.0)
         image_range = (low - 0.05 * span, high + 0.05 * span)
-        stage = TextureDiffusion(tiny_config(crops.image.shape[-1], image_range=image_range))
+        with untouched_generator():
+            stage = TextureDiffusion(tiny_config(crops.image.shape[-1], image_range=image_range))
         for name in ("vae", "unet", "controlnet"):
             # The same key for unet and controlnet: the control branch begins as a copy of the UNet's encoder (paper).
             initialise(getattr(stage, name), SampleKey(seed, ("vae" if name == "vae" else "unet",)))
