@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -30,6 +31,10 @@ FRAMES_AT_ONCE = 4
 
 REUSE = 4
 """How often `generate` uses a cell (turned, flipped and rescaled in brightness every time)."""
+
+
+Pair = tuple[np.ndarray, np.ndarray]
+"""Image [Y, X] and labels [Y, X]."""
 
 
 class Format(StrEnum):
@@ -153,7 +158,7 @@ def generate(
     if done:
         say(f"{done} pairs are there already")
     stream = frames(model, shape, seed, done, num, num_cells=num_cells, clustering=clustering, background=background)
-    write_pairs(stream, out, format=format.value, dtype=model.config.intensity, start=done)
+    write_pairs(counted(stream, done, num), out, format=format.value, dtype=model.config.intensity, start=done)
     typer.echo(f"{out}: {num} pairs in {format.value} layout")
 
 
@@ -273,7 +278,7 @@ def frames(
     num_cells: int | None = None,
     clustering: float | None = None,
     background: str = "model",
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Iterator[Pair]:
     """Pairs number `start` to `stop`; pair i depends on (cascade, settings, seed, i) alone.
 
     Frames are made in fixed groups. The fresh cells of a group serve all of its frames, each `REUSE` times at the most.
@@ -291,6 +296,18 @@ def frames(
         for i in range(FRAMES_AT_ONCE):
             if start <= first + i < stop:
                 yield made.image[i, 0].numpy(), made.labels[i, 0].numpy()
+
+
+def counted(pairs: Iterator[Pair], done: int, num: int) -> Iterator[Pair]:
+    """The same pairs, with a line of progress every `PROGRESS_S` seconds."""
+    begun = last = time.monotonic()
+    for made, pair in enumerate(pairs, start=1):
+        yield pair
+        now = time.monotonic()
+        if now - last > PROGRESS_S:
+            left = (num - done - made) * (now - begun) / made
+            say(f"{done + made} of {num} pairs, about {left / 60:.1f} min left")
+            last = now
 
 
 def write_preview(model: Any, real: list[Any], held_out: list[Any] | None, out: Path, seed: int, log: Any) -> None:
@@ -323,6 +340,8 @@ def write_preview(model: Any, real: list[Any], held_out: list[Any] | None, out: 
 
 
 PREVIEW_FRAMES = 40
+PROGRESS_S = 5.0
+"""Seconds between lines of progress."""
 
 
 def main() -> None:

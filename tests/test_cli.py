@@ -49,6 +49,13 @@ def test_generate_writes_pairs_and_goes_on_where_it_stopped(monkeypatch, tmp_pat
     assert "begun with the same settings" in capsys.readouterr().err
 
 
+def test_progress_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "PROGRESS_S", -1.0)
+    pairs = [(np.zeros((2, 2)), np.zeros((2, 2)))] * 3
+    assert len(list(cli.counted(iter(pairs), 5, 8))) == 3
+    assert "7 of 8 pairs, about 0.0 min left" in capsys.readouterr().err
+
+
 def test_preview_writes_page_picture_and_numbers(monkeypatch, tmp_path, data):
     monkeypatch.setattr(cli, "PREVIEW_FRAMES", 8)
     assert run(monkeypatch, "preview", "nuclei-2d", "--real", str(data), "--out", str(tmp_path / "look")) == 0
