@@ -90,7 +90,6 @@ def fit(
     num_images: Annotated[int | None, typer.Option(help="Use only the first so many images.")] = None,
 ) -> None:
     """Train every stage on annotated images, in one command."""
-    from synthaug.cascade import Cascade
     from synthaug.datasets.crops import extract_crops
     from synthaug.training import fit as training
 
@@ -104,7 +103,7 @@ def fit(
         else:
             start = training.choose_start(extract_crops(pairs).image.shape[-1])
         say(f"adapting {start}" if start != training.SCRATCH else "training from scratch")
-    training.fit(
+    cascade = training.fit(
         pairs,
         out,
         start=start,
@@ -115,7 +114,7 @@ def fit(
         data_card=text,
         log=say,
     )
-    write_preview(Cascade.from_pretrained(out), pairs, held_out, out / "preview", seed, say)
+    write_preview(cascade, pairs, held_out, out / "preview", seed, say)
     typer.echo(f"{out}: done. Look at {out / 'preview' / 'sheet.html'}")
 
 
@@ -264,8 +263,7 @@ def read_pairs(path: Path) -> list[Any]:
     """All pairs of a folder in memory."""
     from synthaug.datasets.readers import open_pairs
 
-    pairs = open_pairs(path)
-    return [pairs.read(i) for i in range(len(pairs))]
+    return open_pairs(path).read_all()
 
 
 def frames(

@@ -41,9 +41,5 @@ class CheckpointError(InputError):
     """A cascade folder is missing, incomplete or of another kind."""
 
 
-class PopulationError(InputError):
-    """A population that was asked for cannot be made (canvas too small, no cell fits, ...)."""
-
-
 class ProducerError(SynthAugError, RuntimeError):
     """The producer of fresh cells failed; `__cause__` holds the first error."""

@@ -83,6 +83,10 @@ class PairDataset(Dataset[dict[str, Tensor]]):
             pass
         return cached[0].copy(), cached[1].copy()
 
+    def read_all(self) -> list[tuple[NDArray[np.float32], NDArray[np.int32]]]:
+        """Every pair in memory, as `read` gives them."""
+        return [self.read(i) for i in range(len(self))]
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """One pair as `{"image": float32 [1, Y, X], "label": int32 [1, Y, X]}`, see `read`."""
         image, label = self.read(index)

@@ -90,7 +90,7 @@ def run_demo(
         steps = max(round(minutes * STEPS_PER_MINUTE), 1)
     begun = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    real, held_out = _read(images / "train"), _read(images / "val")
+    real, held_out = (open_pairs(images / split).read_all() for split in ("train", "val"))
     model = Cascade.from_pretrained(cascade) if isinstance(cascade, str | Path) else cascade
     log(
         f"{_describe(real)} to train on, {_describe(held_out)} held out; {steps} steps of {BATCH_SIZE} for each network"
@@ -123,11 +123,6 @@ def run_demo(
     write_atomic(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     log(f"{results['seconds']:.0f} s in all; look at {out / 'predictions.png'} and {out / 'sheet.html'}")
     return results
-
-
-def _read(folder: Path) -> list[Pair]:
-    pairs = open_pairs(folder)
-    return [pairs.read(i) for i in range(len(pairs))]
 
 
 def _describe(pairs: Sequence[Pair]) -> str:

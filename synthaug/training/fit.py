@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from synthaug.cascade import Cascade, CascadeConfig, embedded_cascades
+from synthaug.cascade import ALIASES, Cascade, CascadeConfig, embedded_cascades
 from synthaug.datasets.crops import CropSet, extract_crops
 from synthaug.errors import CheckpointError, InputError
 from synthaug.generators.background import Background
@@ -263,7 +263,7 @@ def _intensity(images: Sequence[NDArray[np.float32]]) -> str:
 
 def choose_start(crop_size: int) -> str:
     """The embedded cascade whose crops fit the cells best, or "scratch" where there is none."""
-    names = [n for n in embedded_cascades() if n != "nuclei-2d"]
+    names = [n for n in embedded_cascades() if n not in ALIASES]
     if not names:
         return SCRATCH
     return min(names, key=lambda n: abs(Cascade.from_pretrained(n).crop_size - crop_size))

@@ -93,6 +93,28 @@ def initialise(network: nn.Module, key: SampleKey) -> None:
                 module.bias.uniform_(-bound, bound, generator=generator)
 
 
+def _attributes(crops: CropSet) -> Tensor:
+    """Log radius and log brightness, float32 [N, 2]."""
+    return torch.stack([crops.radius.log(), crops.brightness.log()], 1)
+
+
+def _held_out_loss(
+    stage: MaskDDPM | TextureDiffusion, clean: Tensor, condition: Tensor, seed: int
+) -> Callable[[], float]:
+    """The diffusion loss on held-out samples, at the same noise and timesteps every time it is called."""
+    generator = SampleKey(seed, ("validation",)).generator()
+    noise = torch.randn(clean.shape, generator=generator)
+    timesteps = _timesteps(len(clean), generator)
+
+    @torch.no_grad()
+    def validate() -> float:
+        return float(
+            diffusion_loss(stage.scheduler, lambda x, t: stage.predict(x, t, condition), clean, noise, timesteps)
+        )
+
+    return validate
+
+
 def fit_masks(
     crops: CropSet, start: MaskDDPM | None, budget_s: float, seed: int, checkpoint: Path, log: Log
 ) -> tuple[MaskDDPM, LoopResult]:
@@ -102,19 +124,15 @@ def fit_masks(
         stage = start or MaskDDPM(MaskConfig(crop_size=crops.image.shape[-1]))
     if not start:
         initialise(stage.unet, SampleKey(seed, ("masks",)))
-    attributes = torch.stack([crops.radius.log(), crops.brightness.log()], 1)
-    stage.set_tables({"attributes": attributes})
+    stage.set_tables({"attributes": _attributes(crops)})
     training, held_out = split_crops(crops, seed)
 
     def grids(part: CropSet) -> tuple[Tensor, Tensor]:
         clean = stage.to_grid(part.sdf, part.radius / part.scale, principal_angle(part.sdf < 0))
-        return clean, stage.condition(torch.stack([part.radius.log(), part.brightness.log()], 1))
+        return clean, stage.condition(_attributes(part))
 
     clean, condition = grids(training)
-    clean_v, condition_v = grids(held_out)
-    generator = SampleKey(seed, ("validation",)).generator()
-    noise_v = torch.randn(clean_v.shape, generator=generator)
-    timesteps_v = _timesteps(len(clean_v), generator)
+    validate = _held_out_loss(stage, *grids(held_out), seed)
 
     def loss(key: SampleKey) -> Tensor:
         g = key.generator()
@@ -129,14 +147,6 @@ def fit_masks(
         cond = cond + 0.1 * torch.randn(cond.shape, generator=g)
         return diffusion_loss(
             stage.scheduler, lambda x, t: stage.predict(x, t, cond), batch, noise, _timesteps(len(batch), g)
-        )
-
-    @torch.no_grad()
-    def validate() -> float:
-        return float(
-            diffusion_loss(
-                stage.scheduler, lambda x, t: stage.predict(x, t, condition_v), clean_v, noise_v, timesteps_v
-            )
         )
 
     result = train(
@@ -214,10 +224,8 @@ def fit_texture(
     training, held_out = split_crops(crops, seed)
 
     with torch.no_grad():
-        latent_v, condition_v = stage.encode(held_out.image), stage.condition(held_out.sdf, held_out.brightness)
-    generator = SampleKey(seed, ("validation",)).generator()
-    noise_v = torch.randn(latent_v.shape, generator=generator)
-    timesteps_v = _timesteps(len(latent_v), generator)
+        latents = stage.encode(held_out.image)
+    validate = _held_out_loss(stage, latents, stage.condition(held_out.sdf, held_out.brightness), seed)
 
     def loss(key: SampleKey) -> Tensor:
         g = key.generator()
@@ -230,14 +238,6 @@ def fit_texture(
         noise = torch.randn(clean.shape, generator=g)
         return diffusion_loss(
             stage.scheduler, lambda x, t: stage.predict(x, t, condition), clean, noise, _timesteps(len(clean), g)
-        )
-
-    @torch.no_grad()
-    def validate() -> float:
-        return float(
-            diffusion_loss(
-                stage.scheduler, lambda x, t: stage.predict(x, t, condition_v), latent_v, noise_v, timesteps_v
-            )
         )
 
     modules = [stage.unet, stage.controlnet]
