@@ -1,7 +1,11 @@
 """Is the stream of a trained cascade the same bits for every worker count, on a second run and after a resume?
 
 SHA-256 over the batches for num_workers 0, 1, 2, 4, once more for 0, and of the rest of the stream after a resume at three
-offsets with another number of workers. Exits with an error if any differs. Run: python benchmarks/stream_hash.py [CASCADE]
+offsets with another number of workers; and every label of it is looked at. Exits with an error if any run differs, or any
+sample breaks the contract on labels. Run:
+
+    python benchmarks/stream_hash.py [CASCADE]
+    python benchmarks/stream_hash.py nuclei-3d --size 16 64 64 --batches 125     # 500 volumes
 """
 
 from __future__ import annotations
@@ -9,9 +13,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from results import write_result
 
 from synthaug import Cascade, SynthDataset
@@ -28,27 +33,48 @@ def digests(batches: Iterable[dict[str, Any]]) -> list[str]:
     return found
 
 
+def violations(batch: dict[str, Any], min_area: int) -> int:
+    """Samples whose labels are not contiguous from 1, or hold an instance under the minimum size inside the frame."""
+    broken = 0
+    for label in batch["label"]:
+        sizes = torch.bincount(label.flatten())[1:]
+        whole = sizes.clone()
+        for axis in range(1, label.ndim):
+            for side in (0, label.shape[axis] - 1):
+                cut = label.select(axis, side).unique().long()
+                whole[cut[cut > 0] - 1] = min_area
+        broken += bool((sizes == 0).any() or (whole < min_area).any() or label.min() < 0)
+    return broken
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cascade", nargs="?", default="nuclei-2d")
     parser.add_argument("--batches", type=int, default=200)
-    parser.add_argument("--size", type=int, default=96)
+    parser.add_argument("--size", type=int, nargs="+", help="(Z) Y X; default 96 96, or 16 64 64 in 3D")
     parser.add_argument("--batch-size", type=int, default=4)
     options = parser.parse_args()
     cascade = Cascade.from_pretrained(options.cascade)
+    size = options.size or ((96, 96) if cascade.ndim == 2 else (16, 64, 64))
+    broken: list[int] = []
 
     def stream() -> SynthDataset:
         return SynthDataset(
             cascade,
-            size=(options.size, options.size),
+            size=size,
             batch_size=options.batch_size,
             num_batches=options.batches,
             seed=0,
         )
 
-    runs = {f"workers {n}": digests(stream().loader(num_workers=n)) for n in (0, 1, 2, 4)}
+    def checked(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for batch in batches:
+            broken.append(violations(batch, cascade.config.min_area))
+            yield batch
+
+    reference = digests(checked(stream().loader(num_workers=0)))
+    runs = {f"workers {n}": digests(stream().loader(num_workers=n)) for n in (1, 2, 4)}
     runs["workers 0 again"] = digests(stream().loader(num_workers=0))
-    reference = runs["workers 0"]
     assert len(reference) == options.batches
     same = {name: found == reference for name, found in runs.items()}
     for offset, before, after in (
@@ -66,9 +92,22 @@ def main() -> None:
         second.load_state_dict(first.state_dict())
         same[f"resume at {offset}, {before} to {after} workers"] = head + digests(second) == reference
     total = hashlib.sha256("".join(reference).encode()).hexdigest()
-    write_result("stream_hash", {"cascade": options.cascade, "batches": options.batches, "sha256": total, "same": same})
+    write_result(
+        "stream_hash" if cascade.ndim == 2 else "stream_hash_3d",
+        {
+            "cascade": options.cascade,
+            "size": list(size),
+            "batches": options.batches,
+            "samples": options.batches * options.batch_size,
+            "violations": sum(broken),
+            "sha256": total,
+            "same": same,
+        },
+    )
     if not all(same.values()):
         sys.exit("the stream is not the same everywhere")
+    if any(broken):
+        sys.exit("labels break their contract")
 
 
 if __name__ == "__main__":

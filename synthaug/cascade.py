@@ -1,15 +1,18 @@
 """Cascade: joins the stages, and nothing else does.
 
-    keys -> MaskDDPM -> TextureDiffusion -> Cells        the costly half, `cells`
-    Cells, keys -> PopulationSynthesis -> Background     the cheap half, `populate`
+    2D  keys -> MaskDDPM -> TextureDiffusion -> Cells                                     the costly half, `cells`
+    3D  keys -> MaskDDPM -> MultiviewDiffusion -> NeuSSurface -> Slicing -> TextureDiffusion -> Cells
+        Cells, keys -> PopulationSynthesis -> Background -> Population                    the cheap half, `populate`
 
 On disk a cascade is a diffusers-style folder: `model_index.json`, a subfolder a stage, a model card `README.md`.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import math
 import shutil
 import warnings
 from collections import Counter
@@ -24,24 +27,37 @@ from torch import Tensor, nn
 from synthaug.errors import CheckpointError, InputError, SynthAugError
 from synthaug.generators.background import Background, BackgroundMode
 from synthaug.generators.masks import MaskDDPM
+from synthaug.generators.multiview import MultiviewDiffusion
 from synthaug.generators.population import PopulationSynthesis
-from synthaug.generators.stage import write_atomic
+from synthaug.generators.priors import ShapePrior
+from synthaug.generators.shapes import ShapeKind
+from synthaug.generators.slicing import Slicing
+from synthaug.generators.stage import Stage, write_atomic
+from synthaug.generators.surface import NeuSSurface
 from synthaug.generators.texture import TextureDiffusion
+from synthaug.hub import find_cascade
 from synthaug.randomness import SampleKey
-from synthaug.types import CellMasks, Cells, FrameStyles, Population
-
-PRETRAINED = Path(__file__).parent / "pretrained"
-"""Where the embedded cascades live."""
-
-ALIASES = {"nuclei-2d": "nuclei-2d-u2os"}
+from synthaug.types import CellMasks, Cells, FrameStyles, Population, Slices
 
 MAX_ATTEMPTS = 12
-"""How often a rejected mask is redrawn. At 5 % rejects, the chance to run out is 1 in 10^15."""
+"""How often a rejected cell is redrawn. At 5 % rejects, the chance to run out is 1 in 10^15."""
 
 REACHED = 0.8
 """Share of the cells asked for below which a population warns; a crowded frame may always miss one."""
 
 NumCells = int | tuple[int, int] | None
+
+STAGES: dict[str, type[Stage]] = {
+    "masks": MaskDDPM,
+    "multiview": MultiviewDiffusion,
+    "surface": NeuSSurface,
+    "prior": ShapePrior,
+    "slicing": Slicing,
+    "texture": TextureDiffusion,
+    "population": PopulationSynthesis,
+    "background": Background,
+}
+"""Every stage a cascade can have, in the order of the flow."""
 
 
 @dataclass(frozen=True)
@@ -52,21 +68,23 @@ class CascadeConfig:
         name: Shown by `synthaug info`.
         block_size: Cells generated together, a multiple of 8; always padded to this number, so that a key's bits never
             depend on its company.
-        min_area: Smallest instance, pixels.
-        pixel_size_um: Of the real data, or None if unknown.
+        min_area: Smallest instance, pixels (3D: voxels).
+        voxel_size_um: (Z, Y, X) of the real data in micrometres, Z of no meaning in 2D; None if unknown.
         intensity: Data type of the real images, for writing synthetic ones ("uint8", "uint16" or "float32").
     """
 
     name: str = "unnamed"
     block_size: int = 8
     min_area: int = 20
-    pixel_size_um: float | None = None
+    voxel_size_um: tuple[float, float, float] | None = None
     intensity: str = "uint16"
 
     def __post_init__(self) -> None:
         if self.block_size < 8 or self.block_size % 8:
             # Vectorised CPU loops treat the elements beyond a multiple of their width differently, in the last bit.
             raise InputError("block_size", expected="a multiple of 8", got=self.block_size)
+        if self.voxel_size_um is not None and (len(self.voxel_size_um) != 3 or min(self.voxel_size_um) <= 0):
+            raise InputError("voxel_size_um", expected="(Z, Y, X) > 0 in micrometres", got=self.voxel_size_um)
 
 
 class Cascade(nn.Module):
@@ -75,6 +93,8 @@ class Cascade(nn.Module):
     Args:
         config: See `CascadeConfig`.
         masks, texture, background, population: The trained stages.
+        multiview, surface, slicing: Those that only a 3D cascade has.
+        prior: Shapes without weights, in place of what MaskDDPM draws (2D) or of views and surface (3D).
 
     >>> cascade = Cascade.from_pretrained("nuclei-2d")
     >>> population = cascade.generate([SampleKey(0, ("frame", 0))], size=(256, 256))
@@ -89,16 +109,23 @@ class Cascade(nn.Module):
         texture: TextureDiffusion,
         background: Background,
         population: PopulationSynthesis,
+        *,
+        multiview: MultiviewDiffusion | None = None,
+        surface: NeuSSurface | None = None,
+        slicing: Slicing | None = None,
+        prior: ShapePrior | None = None,
     ) -> None:
         super().__init__()
-        if masks.config.crop_size != texture.config.crop_size:
+        sizes = {s.config.crop_size for s in (masks, texture, slicing) if s is not None}
+        if len(sizes) > 1:
+            raise InputError("Cascade", expected="masks, slicing and texture of one crop size", got=sorted(sizes))
+        if slicing is not None and prior is None and (multiview is None or surface is None):
             raise InputError(
-                "Cascade",
-                expected="masks and texture of one crop size",
-                got=f"{masks.config.crop_size} and {texture.config.crop_size}",
+                "Cascade", expected="multiview and surface, or a prior, beside slicing", got="slicing alone"
             )
         self.config = config
         self.masks, self.texture, self.background, self.population = masks, texture, background, population
+        self.multiview, self.surface, self.slicing, self.prior = multiview, surface, slicing, prior
         self.rejects: Counter[str] = Counter()
         self.eval().requires_grad_(False)
 
@@ -117,48 +144,100 @@ class Cascade(nn.Module):
         """Side of a cell's crop, pixels."""
         return self.masks.config.crop_size
 
+    @property
+    def ndim(self) -> int:
+        """2 for frames, 3 for volumes."""
+        return 2 if self.slicing is None else 3
+
+    @property
+    def num_slices(self) -> int:
+        """Planes of a cell; 1 in 2D."""
+        return 1 if self.slicing is None else self.slicing.config.num_slices
+
+    @property
+    def voxel_size_um(self) -> tuple[float, float, float] | None:
+        """(Z, Y, X) in micrometres, or None where the real data carried none."""
+        return self.config.voxel_size_um
+
     # The costly half ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def cells(self, keys: Sequence[SampleKey]) -> Cells:
         """One cell a key; row i depends on `keys[i]` alone.
 
-        Masks that are empty, in several parts, holed, too small or at the crop's edge are redrawn from child keys and
-        counted in `rejects` (`drawn` counts all masks drawn, without the padding).
+        Masks that are empty, in several parts, holed, too small or at the crop's edge, and volumes that `Slicing` rejects,
+        are redrawn from child keys and counted in `rejects` (`drawn` counts all masks drawn, without the padding).
         """
         if not keys:
             raise InputError("keys", expected="at least one SampleKey", got="none")
-        found: list[CellMasks | None] = [None] * len(keys)
+        found: dict[int, Any] = {}  # CellMasks or Slices
         waiting = list(range(len(keys)))
         for attempt in range(MAX_ATTEMPTS):
-            still = []
-            for block in _blocks(waiting, self.block_size):
-                drawn = [keys[i].child("mask", attempt) for i in block]
-                masks, rejects = self.masks(self.masks.draw(_pad(drawn, self.block_size)))
-                area = masks.mask.flatten(1).sum(1) * masks.scale**2
-                self.rejects["drawn"] += len(block)
-                for row, i in enumerate(block):
-                    why = rejects[row] or ("too small" if area[row] < self.config.min_area else None)
-                    if why is None:
-                        found[i] = masks.select(slice(row, row + 1))
-                    else:
-                        self.rejects[why] += 1
-                        still.append(i)
-            waiting = still
+            outlines = self._outlines(keys, waiting, attempt)
+            found.update(outlines if self.slicing is None else self._volumes(keys, outlines, attempt))
+            waiting = [i for i in waiting if i not in found]
             if not waiting:
                 break
         if waiting:
             raise SynthAugError(
-                f"{len(waiting)} of {len(keys)} masks were rejected {MAX_ATTEMPTS} times in a row ({dict(self.rejects)}): "
-                "this cascade's mask stage is not trained enough; fit it with a larger --budget."
+                f"{len(waiting)} of {len(keys)} cells were rejected {MAX_ATTEMPTS} times in a row ({dict(self.rejects)}): "
+                "this cascade's shapes are not trained enough; fit it with a larger --budget."
             )
         out = []
         for block in _blocks(list(range(len(keys))), self.block_size):
             rows = _pad(block, self.block_size)
-            masks = CellMasks.cat([m for i in rows if (m := found[i]) is not None])
-            noise = self.texture.draw([keys[i].child("texture") for i in rows])
-            out.append(self.texture(masks, noise).select(slice(0, len(block))))
+            shapes = type(found[0]).cat([found[i] for i in rows])
+            noise = self.texture.draw([keys[i].child("texture") for i in rows], self.num_slices)
+            out.append(self.texture(shapes, noise).select(slice(0, len(block))))
         return Cells.cat(out)
+
+    def _outlines(self, keys: Sequence[SampleKey], which: list[int], attempt: int) -> dict[int, CellMasks]:
+        """The masks of `keys` at `which` that are good, by index."""
+        good = {}
+        for block in _blocks(which, self.block_size):
+            drawn = _pad([keys[i].child("mask", attempt) for i in block], self.block_size)
+            masks, rejects = self.masks(self.masks.draw(drawn))
+            if self.prior is not None and self.slicing is None:
+                masks = self.prior.outlines(masks, self.prior.draw(drawn))
+                rejects = [None] * len(masks)
+            area = masks.mask.flatten(1).sum(1) * masks.scale**2
+            self.rejects["drawn"] += len(block)
+            for row, i in enumerate(block):
+                # In 3D the smallest instance is one of voxels: the volume decides.
+                too_small = self.slicing is None and area[row] < self.config.min_area
+                why = rejects[row] or ("too small" if too_small else None)
+                if why is None:
+                    good[i] = masks.select(slice(row, row + 1))
+                else:
+                    self.rejects[why] += 1
+        return good
+
+    def _volumes(self, keys: Sequence[SampleKey], outlines: dict[int, CellMasks], attempt: int) -> dict[int, Slices]:
+        """The volumes around these outlines that are good, cut into slices, by index."""
+        assert self.slicing is not None
+        good = {}
+        for block in _blocks(sorted(outlines), self.block_size):
+            rows = _pad(block, self.block_size)
+            outline = CellMasks.cat([outlines[i] for i in rows])
+            own = [keys[i].child("shape", attempt) for i in rows]
+            noise = self.slicing.draw([k.child("slicing") for k in own])
+            if self.prior is not None:
+                surface = self.prior(outline, self.prior.draw([k.child("prior") for k in own]))
+                slices, rejects = self.slicing(surface, None, noise)
+            else:
+                assert self.multiview is not None
+                assert self.surface is not None
+                views = self.multiview(outline, self.multiview.draw([k.child("views") for k in own]))
+                surface = self.surface(views, self.multiview.cameras, self.surface.draw(own))
+                slices, rejects = self.slicing(surface, outline, noise)
+            volume = slices.mask.flatten(1).sum(1) * slices.scale**2
+            for row, i in enumerate(block):
+                why = rejects[row] or ("too small" if volume[row] < self.config.min_area else None)
+                if why is None:
+                    good[i] = slices.select(slice(row, row + 1))
+                else:
+                    self.rejects[why] += 1
+        return good
 
     # The cheap half -----------------------------------------------------------------------------------------------
 
@@ -167,7 +246,7 @@ class Cascade(nn.Module):
 
         Args:
             keys: One a frame.
-            density: Cells per pixel; default: as drawn.
+            density: Cells per pixel (3D: per voxel); default: as drawn.
         """
         styles = self.background.draw_styles(keys)
         if density is None:
@@ -190,13 +269,13 @@ class Cascade(nn.Module):
 
         Args:
             keys: One a frame.
-            size: (Y, X) in pixels.
+            size: (Y, X) in pixels, or (Z, Y, X) in voxels.
             num_cells: Fixed number, or (least, most); default: from the density.
-            density: Cells per pixel; default: from the real frames' own distribution.
+            density: Cells per pixel (3D: per voxel); default: from the real frames' own distribution.
         """
         styles = self.styles(keys, density)
         counts = [k.child("count") for k in keys]
-        return self.population.num_cells(counts, _size(size), styles["density"], num_cells=num_cells)
+        return self.population.num_cells(counts, self._size(size), styles["density"], num_cells=num_cells)
 
     @torch.no_grad()
     def populate(
@@ -216,7 +295,7 @@ class Cascade(nn.Module):
         Args:
             cells: The cells to place.
             keys: One a frame; they decide everything but the cells.
-            size: (Y, X) in pixels.
+            size: (Y, X) in pixels, or (Z, Y, X) in voxels.
             picks: For each frame the indices into `cells` to place, int64; default: as many as `num_cells` says, drawn
                 without replacement as far as there are enough.
             num_cells, density: See `num_cells`.
@@ -226,7 +305,7 @@ class Cascade(nn.Module):
         Returns:
             float32 image in camera counts and int32 labels.
         """
-        shape = _size(size)
+        shape = self._size(size)
         styles = self.styles(keys, density)
         if picks is None:
             asked = self.num_cells(keys, shape, num_cells=num_cells, density=density)
@@ -235,21 +314,21 @@ class Cascade(nn.Module):
         scenes = self.population(cells, picks, noise, shape, clustering=clustering)
         asked_for, placed = int(scenes.num_requested.sum()), int(scenes.num_placed.sum())
         if placed < REACHED * asked_for:
-            pixels = len(keys) * shape[0] * shape[1] / 1e4
+            units = len(keys) * math.prod(shape) / 10 ** (2 * self.ndim)
+            unit = "100 x 100 px" if self.ndim == 2 else "100 x 100 x 100 voxels"
             warnings.warn(
-                f"only {placed} of {asked_for} cells found a free place: {placed / pixels:.1f} cells per 100 x 100 px "
-                f"instead of {asked_for / pixels:.1f}. Ask for fewer cells or a larger size.",
+                f"only {placed} of {asked_for} cells found a free place: {placed / units:.1f} cells per {unit} "
+                f"instead of {asked_for / units:.1f}. Ask for fewer cells or a larger size.",
                 stacklevel=2,
             )
         camera = self.background.draw(keys, shape)
         image = self.background(scenes.light, scenes.labels, styles, camera, background)
-        pixel = self.config.pixel_size_um
         return Population(
             image=image,
             labels=scenes.labels,
             num_requested=scenes.num_requested,
             num_placed=scenes.num_placed,
-            voxel_size_um=None if pixel is None else (1.0, pixel, pixel),
+            voxel_size_um=self.config.voxel_size_um,
         )
 
     @torch.no_grad()
@@ -267,8 +346,8 @@ class Cascade(nn.Module):
 
         Args:
             cells: The cells to place.
-            image: float32 [1, Y, X], any intensity scale.
-            labels: int32 [1, Y, X], contiguous from 1.
+            image: float32 [1, (Z,) Y, X], any intensity scale.
+            labels: int32 [1, (Z,) Y, X], contiguous from 1.
             key: Decides everything but the cells.
             num_cells: Fixed number, or (least, most); default: as many as the image already has, at least 1.
             clustering: See `populate`.
@@ -276,7 +355,7 @@ class Cascade(nn.Module):
         Returns:
             The image with their light added, and the labels with theirs appended.
         """
-        shape = _size(image.shape[1:])
+        shape = self._size(image.shape[1:])
         existing = int(labels.max())
         asked = max(existing, 1) if num_cells is None else num_cells
         density = torch.zeros(1)
@@ -323,14 +402,79 @@ class Cascade(nn.Module):
         digest.update(str([config["block_size"], config["min_area"]]).encode())
         return digest.hexdigest()
 
+    def with_prior(self, kind: ShapeKind, *, num_masks: int = 256) -> Cascade:
+        """The same cascade with shapes of a prior without weights, for comparisons.
+
+        In 2D the prior's outlines replace those of MaskDDPM, in 3D its surfaces those of views and NeuS; sizes and
+        brightness stay MaskDDPM's. It is fitted to `num_masks` outlines that MaskDDPM draws.
+
+        Args:
+            kind: "spherical-harmonics", "ellipsoid" or "bezier".
+            num_masks: Outlines it is fitted to.
+        """
+        keys = [SampleKey(0, ("prior", i)) for i in range(num_masks)]
+        plain = copy.copy(self)
+        plain.rejects = Counter()
+        drawn = plain._outlines(keys, list(range(num_masks)), 0)
+        prior = ShapePrior.fit(CellMasks.cat([drawn[i] for i in sorted(drawn)]).mask.cpu(), kind)
+        stages = {name: stage for name, stage in self.stages().items() if name not in ("multiview", "surface", "prior")}
+        return Cascade(self.config, **stages, prior=prior)
+
+    def at_voxel_size(self, voxel_size_um: Sequence[float]) -> Cascade:
+        """The same cells, seen with other voxels; a copy.
+
+        Sizes, distances and densities follow. What belongs to the camera stays as it is voxel by voxel: noise, halo, grain of
+        the texture. Good for steps between similar microscopes, not for another magnification.
+
+        Args:
+            voxel_size_um: (Z, Y, X) in micrometres, each within a factor of 2 of the cascade's own; Z has no meaning in 2D.
+
+        Raises:
+            InputError: The cascade's own voxel size is not known, or the other one is too far from it or stretched in plane.
+        """
+        own, new = self.config.voxel_size_um, tuple(float(n) for n in voxel_size_um)
+        if own is None:
+            raise InputError(
+                "voxel_size_um",
+                expected="a cascade whose own voxel size is known",
+                got=f"{self.config.name}, fitted to data without one",
+                remedy="Fit it with --voxel-size, or leave voxel_size_um out.",
+            )
+        factors = [n / o for n, o in zip(new, own)] if len(new) == 3 else []
+        if self.ndim == 2:
+            factors[:1] = [1.0] * len(factors[:1])
+        if not factors or not all(0.5 <= f <= 2 for f in factors) or abs(factors[1] / factors[2] - 1) > 0.01:
+            raise InputError(
+                "voxel_size_um",
+                expected=f"(Z, Y, X), each within a factor of 2 of {own}, with the same proportion of Y to X",
+                got=tuple(voxel_size_um),
+                remedy="Resample in the transform, or fit a cascade to data of that voxel size.",
+            )
+        z, plane = factors[0], factors[1]
+        scaled = copy.deepcopy(self)
+        scaled.config = replace(
+            self.config,
+            voxel_size_um=(new[0], new[1], new[2]),
+            min_area=max(round(self.config.min_area / (z * plane**2)), 1),
+        )
+        scaled.masks.attributes[:, 0] -= math.log(plane)
+        scaled.population.config = self.population.config.at_scale(z, plane)
+        scaled.background.scale_table(z, plane)
+        if scaled.slicing is not None:
+            scaled.texture.config = replace(self.texture.config, axial_sigma=self.texture.config.axial_sigma / z)
+            scaled.slicing.config = scaled.slicing.config.at_scale(z, plane)
+        return scaled
+
     def stages(self) -> dict[str, Any]:
-        """The stages by name, in the order of the flow."""
-        return {
-            "masks": self.masks,
-            "texture": self.texture,
-            "population": self.population,
-            "background": self.background,
-        }
+        """The stages by name, in the order of the flow; those that this cascade does not have are left out."""
+        every = {name: getattr(self, name) for name in STAGES}
+        return {name: stage for name, stage in every.items() if stage is not None}
+
+    def _size(self, size: Sequence[int]) -> tuple[int, ...]:
+        if len(size) != self.ndim or min(size) < (8 if self.ndim == 2 else 4):
+            expected = "(Y, X), at least 8 pixels each" if self.ndim == 2 else "(Z, Y, X), at least 4 voxels each"
+            raise InputError(f"size, for a {self.ndim}D cascade", expected=expected, got=tuple(size))
+        return tuple(int(n) for n in size)
 
     def save_pretrained(self, folder: str | Path, *, half: bool = False, card: str | None = None) -> None:
         """Write the cascade; the folder appears complete or not at all.
@@ -374,52 +518,11 @@ class Cascade(nn.Module):
         index = json.loads((folder / "model_index.json").read_text())
         if index.get("_class_name") != "Cascade":
             raise CheckpointError(str(folder), expected="a synthaug cascade", got=index.get("_class_name"))
-        return cls(
-            CascadeConfig(**index["config"]),
-            masks=MaskDDPM.from_pretrained(folder / "masks"),
-            texture=TextureDiffusion.from_pretrained(folder / "texture"),
-            background=Background.from_pretrained(folder / "background"),
-            population=PopulationSynthesis.from_pretrained(folder / "population"),
-        )
-
-
-def embedded_cascades() -> list[str]:
-    """Names of the cascades that come with the library, aliases included."""
-    names = sorted(p.parent.name for p in PRETRAINED.glob("*/model_index.json"))
-    return names + [a for a, target in ALIASES.items() if target in names]
-
-
-def find_cascade(name: str | Path) -> Path:
-    """Folder of a cascade given by embedded name, path or hub id."""
-    folder = Path(name)
-    if (folder / "model_index.json").is_file():
-        return folder
-    embedded = PRETRAINED / ALIASES.get(str(name), str(name))
-    if (embedded / "model_index.json").is_file():
-        return embedded
-    if isinstance(name, str) and name.count("/") == 1 and not folder.exists():
-        from huggingface_hub import snapshot_download
-
-        try:
-            return Path(snapshot_download(name))
-        except Exception as error:
-            raise CheckpointError(
-                name,
-                expected=f"a folder, one of {embedded_cascades()} or a hub id that can be reached",
-                got=f"{type(error).__name__}: {error}",
-            ) from error
-    raise CheckpointError(
-        str(name),
-        expected=f"a cascade folder (with model_index.json), a hub id, or one of {embedded_cascades()}",
-        got="a folder without model_index.json" if folder.exists() else "no such folder or name",
-        remedy="Was the fit interrupted? `synthaug fit ... --resume` finishes it." if folder.exists() else "",
-    )
-
-
-def _size(size: Sequence[int]) -> tuple[int, int]:
-    if len(size) != 2 or min(size) < 8:
-        raise InputError("size", expected="(Y, X), at least 8 pixels each", got=tuple(size))
-    return int(size[0]), int(size[1])
+        config: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in index["config"].items()}
+        stages: dict[str, Any] = {
+            name: kind.from_pretrained(folder / name) for name, kind in STAGES.items() if name in index
+        }
+        return cls(CascadeConfig(**config), **stages)
 
 
 def _blocks(items: list[int], length: int) -> list[list[int]]:

@@ -6,6 +6,7 @@ A user's mistake ends with exit code 2 and one line; `--debug` shows the traceba
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -34,7 +35,7 @@ REUSE = 4
 
 
 Pair = tuple[np.ndarray, np.ndarray]
-"""Image [Y, X] and labels [Y, X]."""
+"""Image and labels, [Y, X] or [Z, Y, X] both."""
 
 
 class Format(StrEnum):
@@ -44,9 +45,15 @@ class Format(StrEnum):
     ctc = "ctc"
     cellpose = "cellpose"
     stardist = "stardist"
+    ome = "ome"
 
 
-Size = Annotated[str, typer.Option(help="Height x width in pixels, for example 256x256.")]
+Size = Annotated[
+    str | None, typer.Option(help="Height x width in pixels, as 256x256; 3D: depth x height x width, as 32x128x128.")
+]
+VoxelSize = Annotated[
+    str | None, typer.Option(help="Micrometres: the pixel size, as 0.65, or depth x height x width, as 2x0.8x0.8.")
+]
 Seed = Annotated[int, typer.Option(help="Every number comes from it.")]
 
 
@@ -60,17 +67,38 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """(Y, X) of "256x256" or "256".
+def parse_size(text: str) -> tuple[int, ...]:
+    """(Y, X) of "256x256" or "256", (Z, Y, X) of "32x128x128".
 
-    >>> parse_size("256x128"), parse_size("64")
-    ((256, 128), (64, 64))
+    >>> parse_size("256x128"), parse_size("64"), parse_size("32x128x96")
+    ((256, 128), (64, 64), (32, 128, 96))
     """
     parts = text.lower().split("x")
-    if len(parts) > 2 or not all(p.strip().isdigit() for p in parts):
-        raise InputError("--size", expected="height x width, for example 256x256", got=repr(text))
+    if len(parts) > 3 or not all(p.strip().isdigit() for p in parts):
+        expected = "height x width, for example 256x256, or depth x height x width"
+        raise InputError("--size", expected=expected, got=repr(text))
     numbers = [int(p) for p in parts]
-    return numbers[0], numbers[-1]
+    return tuple(numbers * 2 if len(numbers) == 1 else numbers)
+
+
+def parse_voxel_size(text: str | None) -> tuple[float, float, float] | None:
+    """(Z, Y, X) in micrometres of "2x0.8x0.8", or of "0.65", the pixel size of 2D images.
+
+    >>> parse_voxel_size("2x0.8x0.8"), parse_voxel_size("0.65"), parse_voxel_size(None)
+    ((2.0, 0.8, 0.8), (1.0, 0.65, 0.65), None)
+    """
+    if text is None:
+        return None
+    try:
+        numbers = [float(part) for part in text.lower().split("x")]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 1:
+        numbers = [1.0, numbers[0], numbers[0]]
+    if len(numbers) != 3 or not all(0 < n < math.inf for n in numbers):
+        expected = "micrometres: the pixel size, as 0.65, or depth x height x width, as 2x0.8x0.8"
+        raise InputError("--voxel-size", expected=expected, got=repr(text))
+    return numbers[0], numbers[1], numbers[2]
 
 
 @app.command()
@@ -85,15 +113,18 @@ def fit(
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted fit.")] = False,
     val: Annotated[Path | None, typer.Option(help="Held-out images with labels, for the report only.")] = None,
-    pixel_size_um: Annotated[float | None, typer.Option(help="Pixel size in micrometres.")] = None,
+    voxel_size: VoxelSize = None,
+    slice_step: Annotated[int, typer.Option(min=1, help="Planes of dense 3D labels used: every so many.")] = 3,
     data_card: Annotated[Path | None, typer.Option(help="Text about the data for the model card.")] = None,
     num_images: Annotated[int | None, typer.Option(help="Use only the first so many images.")] = None,
 ) -> None:
     """Train every stage on annotated images, in one command."""
-    from synthaug.datasets.crops import extract_crops
+    from synthaug.datasets.readers import open_pairs
     from synthaug.training import fit as training
 
-    pairs = read_pairs(data)[:num_images]
+    opened = open_pairs(data)
+    pairs = opened.read_all()[:num_images]
+    size_um = parse_voxel_size(voxel_size) or opened.voxel_size_um
     held_out = read_pairs(val) if val else None
     text = data_card.read_text() if data_card else ""
     if start == "auto":
@@ -101,7 +132,7 @@ def fit(
         if resume and note.is_file():
             start = json.loads(note.read_text())["start"]
         else:
-            start = training.choose_start(extract_crops(pairs).image.shape[-1])
+            start = training.choose_start(pairs)
         say(f"adapting {start}" if start != training.SCRATCH else "training from scratch")
     cascade = training.fit(
         pairs,
@@ -110,7 +141,8 @@ def fit(
         budget_minutes=budget,
         seed=seed,
         resume=resume,
-        pixel_size_um=pixel_size_um,
+        voxel_size_um=size_um,
+        slice_step=slice_step,
         data_card=text,
         log=say,
     )
@@ -123,7 +155,7 @@ def generate(
     cascade: Annotated[str, typer.Argument(help="Embedded name, folder or hub id.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
     num: Annotated[int, typer.Option(min=1, help="Image-label pairs.")] = 100,
-    size: Size = "256x256",
+    size: Size = None,
     format: Annotated[Format, typer.Option(help="Layout of the folder.")] = Format.folder,
     seed: Seed = 0,
     clustering: Annotated[float | None, typer.Option(min=0, max=1, help="Chance to sit next to a cell.")] = None,
@@ -135,8 +167,8 @@ def generate(
     from synthaug.datasets.writers import count_written, write_pairs
     from synthaug.generators.stage import write_atomic
 
-    shape = parse_size(size)
     model = Cascade.from_pretrained(cascade)
+    shape = parse_size(size) if size else DEFAULT_SIZE[model.ndim]
     request = {
         "cascade": model.fingerprint(),
         "size": list(shape),
@@ -157,7 +189,14 @@ def generate(
     if done:
         say(f"{done} pairs are there already")
     stream = frames(model, shape, seed, done, num, num_cells=num_cells, clustering=clustering, background=background)
-    write_pairs(counted(stream, done, num), out, format=format.value, dtype=model.config.intensity, start=done)
+    write_pairs(
+        counted(stream, done, num),
+        out,
+        format=format.value,
+        dtype=model.config.intensity,
+        start=done,
+        voxel_size_um=model.voxel_size_um,
+    )
     typer.echo(f"{out}: {num} pairs in {format.value} layout")
 
 
@@ -183,28 +222,38 @@ def evaluate(
     train: Annotated[Path, typer.Option(help="The real images the cascade was fitted to.")],
     val: Annotated[Path, typer.Option(help="Held-out real images.")],
     num: Annotated[int, typer.Option(help="Synthetic images.")] = 60,
-    size: Size = "256x256",
+    size: Size = None,
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:
     """How real is it: distances synthetic - real beside real - real, near-copies, agreement of texture and label."""
+    import torch
+
     from synthaug.cascade import Cascade
     from synthaug.datasets.crops import extract_crops
+    from synthaug.datasets.volumes import extract_slice_crops
     from synthaug.evaluation.agreement import mask_agreement
     from synthaug.evaluation.realism import realism_report
     from synthaug.generators.stage import write_atomic
     from synthaug.randomness import SampleKey
 
     model = Cascade.from_pretrained(cascade)
-    synthetic = list(frames(model, parse_size(size), seed, 0, num))
-    held_out = read_pairs(val)
-    report = realism_report(read_pairs(train), held_out, synthetic)
-    cells = model.cells([SampleKey(seed, ("agreement", i)) for i in range(128)])
-    crops = extract_crops(held_out, crop_size=model.crop_size, min_area=model.config.min_area)
-    agreement = {
-        "generated": float(mask_agreement(cells.image[:, 0], cells.sdf[:, 0]).mean()),
-        "real": float(mask_agreement(crops.image, crops.sdf).mean()),
-    }
+    real, held_out = read_pairs(train), read_pairs(val)
+    shape = parse_size(size) if size else common_size([*real, *held_out])
+    synthetic = list(frames(model, shape, seed, 0, num))
+    report = realism_report(real, held_out, synthetic, voxel_size_um=model.voxel_size_um)
+    cells = model.cells([SampleKey(seed, ("agreement", i)) for i in range(128 if model.ndim == 2 else 64)])
+    if model.ndim == 2:
+        crops = extract_crops(held_out, crop_size=model.crop_size, min_area=model.config.min_area)
+        made = mask_agreement(cells.image[:, 0], cells.sdf[:, 0])
+    else:
+        # Of real volumes single planes are known; beside them, the middle planes of generated cells.
+        planes = extract_slice_crops(held_out, crop_size=model.crop_size)
+        crops = planes.select(planes.central.nonzero()[:, 0])
+        middle = cells.mask.flatten(2).sum(2).argmax(1)
+        rows = torch.arange(len(cells))
+        made = mask_agreement(cells.image[rows, middle], cells.sdf[rows, middle])
+    agreement = {"generated": float(made.mean()), "real": float(mask_agreement(crops.image, crops.sdf).mean())}
     drawn = max(model.rejects["drawn"], 1)
     rejected = {why: n / drawn for why, n in model.rejects.items() if why != "drawn"}
     typer.echo(report.table())
@@ -221,7 +270,8 @@ def info(cascade: Annotated[str | None, typer.Argument(help="Embedded name, fold
     from rich.console import Console
     from rich.table import Table
 
-    from synthaug.cascade import Cascade, embedded_cascades, find_cascade
+    from synthaug.cascade import Cascade
+    from synthaug.hub import embedded_cascades, find_cascade
 
     if cascade is None:
         for name in embedded_cascades():
@@ -231,8 +281,10 @@ def info(cascade: Annotated[str | None, typer.Argument(help="Embedded name, fold
     model = Cascade.from_pretrained(cascade)
     table = Table(title=f"{model.config.name} ({folder})", show_header=False)
     table.add_row("crop", f"{model.crop_size} px")
-    table.add_row("smallest instance", f"{model.config.min_area} px")
-    table.add_row("pixel size", f"{model.config.pixel_size_um} um" if model.config.pixel_size_um else "unknown")
+    table.add_row("dimensions", f"{model.ndim}D")
+    table.add_row("smallest instance", f"{model.config.min_area} {'px' if model.ndim == 2 else 'voxels'}")
+    voxel = model.voxel_size_um and " x ".join(f"{n:g}" for n in model.voxel_size_um[3 - model.ndim :])
+    table.add_row("voxel size" if model.ndim == 3 else "pixel size", f"{voxel} um" if voxel else "unknown")
     table.add_row("camera counts", model.config.intensity)
     table.add_row("clustering probability", f"{model.population.config.clustering:.2f}")
     for name, stage in model.stages().items():
@@ -268,7 +320,7 @@ def read_pairs(path: Path) -> list[Any]:
 
 def frames(
     model: Any,
-    size: tuple[int, int],
+    size: tuple[int, ...],
     seed: int,
     start: int,
     stop: int,
@@ -318,26 +370,33 @@ def write_preview(model: Any, real: list[Any], held_out: list[Any] | None, out: 
     from synthaug.generators.stage import write_atomic
 
     out.mkdir(parents=True, exist_ok=True)
-    shape = tuple(min(256, *(p[0].shape[axis] for p in real)) for axis in (0, 1))
-    log(f"generating {PREVIEW_FRAMES} synthetic frames")
-    synthetic = list(frames(model, (shape[0], shape[1]), seed, 0, PREVIEW_FRAMES))
+    num = PREVIEW_FRAMES[model.ndim]
+    log(f"generating {num} synthetic frames")
+    synthetic = list(frames(model, common_size([*real, *(held_out or [])]), seed, 0, num))
     report = None
     train, val = (real, held_out) if held_out else (real[::2], real[1::2])
     try:
-        report = realism_report(train, val, synthetic)
+        report = realism_report(train, val, synthetic, voxel_size_um=model.voxel_size_um)
     except InputError as error:  # a handful of small images: the pictures matter all the same
         log(f"no realism numbers: {error}")
     else:
         write_atomic(out / "realism.json", (json.dumps(report.as_dict(), indent=2) + "\n").encode())
         log(report.table())
     shown = held_out or real
-    write_sheet(
-        out / "sheet.html", shown, synthetic, title=f"{model.config.name}: real beside synthetic", report=report
-    )
-    write_contact_sheet(out / "sheet.png", shown, synthetic)
+    title = f"{model.config.name}: real beside synthetic"
+    voxel = model.voxel_size_um
+    write_sheet(out / "sheet.html", shown, synthetic, title=title, report=report, voxel_size_um=voxel)
+    write_contact_sheet(out / "sheet.png", shown, synthetic, voxel_size_um=voxel)
 
 
-PREVIEW_FRAMES = 40
+def common_size(pairs: list[Pair]) -> tuple[int, ...]:
+    """Size that every pair has, at most 256 pixels along Y and X."""
+    smallest = [min(p[0].shape[axis] for p in pairs) for axis in range(pairs[0][0].ndim)]
+    return (*smallest[:-2], *(min(256, n) for n in smallest[-2:]))
+
+
+DEFAULT_SIZE = {2: (256, 256), 3: (32, 128, 128)}
+PREVIEW_FRAMES = {2: 40, 3: 12}
 PROGRESS_S = 5.0
 """Seconds between lines of progress."""
 

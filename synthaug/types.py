@@ -5,6 +5,7 @@ Axes are ZYX, channel first. `sdf` is a signed distance, negative inside, in pix
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -16,6 +17,9 @@ from synthaug.errors import InputError
 
 T = TypeVar("T", bound="Batch")
 
+UNLABELLED = -1
+"""Value of all pixels of a plane nobody annotated, in the labels of a real volume (int32 [Z, Y, X])."""
+
 
 def _check(owner: str, name: str, value: Any, ndim: int, dtype: torch.dtype) -> None:
     if not isinstance(value, Tensor):
@@ -26,8 +30,16 @@ def _check(owner: str, name: str, value: Any, ndim: int, dtype: torch.dtype) -> 
             expected=f"{ndim} axes of {dtype}",
             got=f"shape {tuple(value.shape)} of {value.dtype}",
         )
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+    # NaN spreads to both ends, and finding them is many times faster than a test of every element.
+    if value.is_floating_point() and value.numel() and not all(math.isfinite(float(end)) for end in value.aminmax()):
         raise InputError(f"{owner}.{name}", expected="finite values", got="NaN or infinity")
+
+
+def _check_size_and_brightness(owner: str, half_side: Tensor, brightness: Tensor) -> None:
+    _check(owner, "half_side", half_side, 1, torch.float32)
+    _check(owner, "brightness", brightness, 1, torch.float32)
+    if len(half_side) and (half_side.min() <= 0 or (len(brightness) and brightness.min() <= 0)):
+        raise InputError(owner, expected="half_side > 0 and brightness > 0", got="others")
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,108 @@ class CellMasks(Batch):
     @property
     def mask(self) -> Tensor:
         """bool [B, H, W], True inside the cell."""
+        return self.sdf < 0
+
+
+@dataclass(frozen=True)
+class Cameras:
+    """Orthographic cameras around a cell, the same for every cell.
+
+    The world is the cube [-1, 1]^3 in ZYX, z along the optical axis of the microscope. A camera's image covers [-1, 1]^2
+    of the plane spanned by its down and right axes; a point p of the world lies at (depth, down, right) = rotation @ p.
+
+    Attributes:
+        rotation: float32 [N, 3, 3], orthonormal; rows are the depth, down and right axes in ZYX. The first camera looks
+            along the optical axis: its rotation is the identity.
+    """
+
+    rotation: Tensor
+
+    def __post_init__(self) -> None:
+        _check("Cameras", "rotation", self.rotation, 3, torch.float32)
+        product = self.rotation @ self.rotation.transpose(1, 2)
+        if self.rotation.shape[1:] != (3, 3) or not torch.allclose(product, torch.eye(3).expand_as(product), atol=1e-4):
+            raise InputError("Cameras.rotation", expected="orthonormal [N, 3, 3]", got=tuple(self.rotation.shape))
+
+    def __len__(self) -> int:
+        return self.rotation.shape[0]
+
+
+@dataclass(frozen=True)
+class Views(Batch):
+    """What N cameras see of single cells.
+
+    Attributes:
+        sdf: float32 [B, N, H, H], signed distance to the silhouette's outline in pixels of the view, negative inside,
+            possibly truncated; a view covers the square [-1, 1]^2 of its camera.
+        half_side: float32 [B], > 0; image pixels (in Y and X) from the centre of that square to its side.
+        brightness: float32 [B], > 0; relative to the median cell of its frame.
+    """
+
+    sdf: Tensor
+    half_side: Tensor
+    brightness: Tensor
+
+    def __post_init__(self) -> None:
+        _check("Views", "sdf", self.sdf, 4, torch.float32)
+        _check_size_and_brightness("Views", self.half_side, self.brightness)
+        super().__post_init__()
+
+    @property
+    def silhouette(self) -> Tensor:
+        """bool [B, N, H, H], True inside."""
+        return self.sdf < 0
+
+
+@dataclass(frozen=True)
+class Surface(Batch):
+    """Closed surfaces of single cells.
+
+    Attributes:
+        sdf: float32 [B, D, D, D] (ZYX), signed distance in voxels at the centres of D^3 equal voxels that fill the cube
+            [-1, 1]^3; negative inside.
+        half_side, brightness: As in `Views`.
+    """
+
+    sdf: Tensor
+    half_side: Tensor
+    brightness: Tensor
+
+    def __post_init__(self) -> None:
+        _check("Surface", "sdf", self.sdf, 4, torch.float32)
+        _check_size_and_brightness("Surface", self.half_side, self.brightness)
+        super().__post_init__()
+
+    @property
+    def mask(self) -> Tensor:
+        """bool [B, D, D, D], True inside."""
+        return self.sdf < 0
+
+
+@dataclass(frozen=True)
+class Slices(Batch):
+    """Outlines of single cells in S planes across the optical axis.
+
+    Attributes:
+        sdf: float32 [B, S, H, W], signed distance to the outline within its own plane, crop pixels, negative inside; in
+            a plane the cell does not reach, positive everywhere.
+        brightness: float32 [B], > 0.
+        scale: float32 [B], >= 1; image pixels per crop pixel.
+    """
+
+    sdf: Tensor
+    brightness: Tensor
+    scale: Tensor
+
+    def __post_init__(self) -> None:
+        _check("Slices", "sdf", self.sdf, 4, torch.float32)
+        _check("Slices", "brightness", self.brightness, 1, torch.float32)
+        _check("Slices", "scale", self.scale, 1, torch.float32)
+        super().__post_init__()
+
+    @property
+    def mask(self) -> Tensor:
+        """bool [B, S, H, W], True inside the cell."""
         return self.sdf < 0
 
 

@@ -14,7 +14,7 @@ from functools import cached_property
 FLOORS = [
     {"types", "randomness", "errors", "kernels"},
     {"generators"},
-    {"cascade"},
+    {"cascade", "hub"},
     {"datasets"},
     {"training"},
     {"evaluation"},

@@ -1,11 +1,13 @@
-"""A cascade without weights: cheap deterministic discs, with counters, so that streams can be tested alone."""
+"""Cascades without weights: cheap deterministic discs and balls, with counters, so that streams can be tested alone."""
 
 from __future__ import annotations
 
+import copy
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ class FakeCascade:
         voxel_size_um: Handed to populations.
     """
 
+    ndim = 2
+    num_slices = 1
     block_size = 4
     crop_size = 16
     device = torch.device("cpu")
@@ -41,6 +45,11 @@ class FakeCascade:
     def fingerprint(self) -> str:
         return "fake"
 
+    def at_voxel_size(self, voxel_size_um: tuple[float, float, float]) -> Self:
+        other = copy.copy(self)
+        other.voxel_size_um = voxel_size_um
+        return other
+
     def cells(self, keys: Sequence[SampleKey]) -> Cells:
         self.num_calls += 1
         if self.fail_at is not None and self.num_calls > self.fail_at:
@@ -50,9 +59,9 @@ class FakeCascade:
         self.num_made += len(keys)
         self.rejects["empty"] += 1
         draws = uniform(keys, (2,))
-        axis = torch.arange(self.crop_size) - (self.crop_size - 1) / 2
-        distance = torch.hypot(axis[:, None], axis[None, :])
-        sdf = (distance - (1.6 + 2 * draws[:, 0, None, None]))[:, None]
+        z, y, x = (torch.arange(n) - (n - 1) / 2 for n in (self.num_slices, self.crop_size, self.crop_size))
+        distance = (z[:, None, None] ** 2 + y[:, None] ** 2 + x**2).sqrt()
+        sdf = distance - (1.6 + 2 * draws[:, 0, None, None, None])
         light = (sdf < 0).float()
         return Cells(image=light, sdf=sdf, brightness=0.5 + draws[:, 1], scale=torch.ones(len(keys)))
 
@@ -61,7 +70,7 @@ class FakeCascade:
     ) -> list[int]:
         low, high = num_cells if isinstance(num_cells, tuple) else (num_cells, num_cells)
         if num_cells is None:
-            low, high = (2, 6) if density is None else (round(density * size[-1] * size[-2]),) * 2
+            low, high = (2, 6) if density is None else (round(density * math.prod(size)),) * 2
         return [int(key.child("count").numpy().integers(low, high + 1)) for key in keys]
 
     def populate(
@@ -81,7 +90,7 @@ class FakeCascade:
         labels = torch.zeros(len(keys), 1, *size, dtype=torch.int32)
         placed = []
         for i, (key, pick) in enumerate(zip(keys, picks)):
-            centre = cells.sdf[pick, 0, self.crop_size // 2, self.crop_size // 2]
+            centre = cells.sdf[pick, self.num_slices // 2, self.crop_size // 2, self.crop_size // 2]
             self.dealt.append(list(zip(cells.brightness[pick].tolist(), centre.tolist())))
             placed.append(self._place(cells.select(pick), image[i], labels[i], key))
         return Population(
@@ -117,15 +126,25 @@ class FakeCascade:
 
     def _place(self, cells: Cells, image: Tensor, labels: Tensor, key: SampleKey) -> int:
         """Each cell at the first of a few random positions where it touches nothing; in place."""
-        rng, crop, last = key.child("place").numpy(), self.crop_size, int(labels.max())
+        rng, last = key.child("place").numpy(), int(labels.max())
+        masks, lights = (t[:, 0] if self.ndim == 2 else t for t in (cells.mask, cells.image))
         number = last
-        for mask, light, brightness in zip(cells.mask[:, 0], cells.image[:, 0], cells.brightness):
+        for mask, light, brightness in zip(masks, lights, cells.brightness):
             for _ in range(4):
-                y, x = (int(rng.integers(0, n - crop + 1)) for n in labels.shape[-2:])
-                window = labels[0, y : y + crop, x : x + crop]
+                corner = [int(rng.integers(0, n - m + 1)) for n, m in zip(labels.shape[1:], mask.shape)]
+                place = (0, *(slice(c, c + m) for c, m in zip(corner, mask.shape)))
+                window = labels[place]
                 if not bool((window[mask] > 0).any()):
                     number += 1
                     window[mask] = number
-                    image[0, y : y + crop, x : x + crop] += 50 * brightness * light
+                    image[place] += 50 * brightness * light
                     break
         return number - last
+
+
+class FakeCascade3D(FakeCascade):
+    """The interface of a 3D `Cascade` on balls."""
+
+    ndim = 3
+    num_slices = 8
+    crop_size = 8

@@ -19,8 +19,9 @@ from synthaug.generators.camera import (
     texture_grid,
     wide_blur,
 )
+from synthaug.generators.volume_fit import VOLUME_NAMES, annotated_planes
 from synthaug.randomness import SampleKey
-from synthaug.types import FrameStyles
+from synthaug.types import UNLABELLED, FrameStyles
 
 LEVEL, BRIGHTNESS, FLAT, GAIN, HAZE = 140.0, 400.0, 16.0, 0.4, 0.06
 SIZE = (224, 288)
@@ -278,3 +279,179 @@ def test_building_blocks():
     skewed = skew(torch.randn(1, 1, 700, 700, generator=SampleKey(2).generator()), tail).double()
     assert skewed.mean().item() == pytest.approx(0.0, abs=0.01)
     assert (skewed**3).mean().item() == pytest.approx(2.0, rel=0.1)
+
+
+# Stacks ---------------------------------------------------------------------------------------------------------------
+
+DEPTH, SIGMA_Z, ONE = 36, 1.6, 10.0
+WIDE = (DEPTH, 96, 104)
+
+
+def ball_scene(seed: int, num: int = 14) -> tuple[np.ndarray, np.ndarray]:
+    """Light and labels of separate balls, before the axial blur."""
+    rng = np.random.default_rng(seed)
+    labels = np.zeros(WIDE, np.int32)
+    z, y, x = np.ogrid[tuple(slice(0, n) for n in WIDE)]
+    light = np.zeros(WIDE)
+    centres: list[np.ndarray] = []
+    while len(centres) < num:
+        centre = rng.uniform((7, 10, 10), (DEPTH - 7, WIDE[1] - 10, WIDE[2] - 10))
+        if any((((centre - c) / (13, 19, 19)) ** 2).sum() < 1 for c in centres):
+            continue
+        centres.append(centre)
+        ball = ((z - centre[0]) / 5) ** 2 + ((y - centre[1]) / 8) ** 2 + ((x - centre[2]) / 8) ** 2 < 1
+        labels[ball] = len(centres)
+        light[ball] = rng.uniform(0.8, 1.2)
+    return ndimage.gaussian_filter(light, (0, 0.8, 0.8)), labels
+
+
+def volume(seed: int, *, multiplied: bool, step: int = 4) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A stack of known parameters, its labels of every fourth plane only, and all of its labels."""
+    light, labels = ball_scene(seed)
+    rng = np.random.default_rng(100 + seed)
+    lit = 300 * ndimage.gaussian_filter1d(light, SIGMA_Z, axis=0)
+    expected = 110 + lit + 0.3 * ndimage.gaussian_filter(lit, (24, 12, 12), mode="reflect")
+    if multiplied:
+        electrons = rng.poisson((expected - 100) / ONE)
+        image = 100 + ONE * (rng.gamma(np.maximum(electrons, 1)) * (electrons > 0) + 0.2 * rng.standard_normal(WIDE))
+    else:
+        image = expected + np.sqrt(40 + 0.5 * (expected - 110)) * rng.standard_normal(WIDE)
+    sparse = np.full(WIDE, UNLABELLED, np.int32)
+    sparse[2::step] = labels[2::step]
+    return np.clip(np.round(image), 0, 4095).astype(np.float32), sparse, labels
+
+
+@pytest.fixture(scope="module")
+def stacks() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    return [volume(seed, multiplied=True) for seed in range(2)]
+
+
+@pytest.fixture(scope="module")
+def volume_stage(stacks) -> Background:
+    return Background.fit([s[0] for s in stacks], [s[1] for s in stacks], tile_size=64, num_tiles=2)
+
+
+def volume_column(stage: Background, name: str) -> np.ndarray:
+    return stage.table[:, VOLUME_NAMES.index(name)].numpy()
+
+
+def test_parameters_of_stacks_are_found_from_a_few_annotated_planes(volume_stage):
+    assert volume_stage.names == VOLUME_NAMES
+    assert volume_stage.config.ndim == 3
+    assert volume_column(volume_stage, "level") == pytest.approx(110, rel=0.03)
+    assert volume_column(volume_stage, "gain") == pytest.approx(2 * ONE, rel=0.15)
+    assert volume_column(volume_stage, "axial_sigma") == pytest.approx(SIGMA_Z, abs=0.4)
+    # a ball's mean is under its plateau by what its blurred border loses
+    assert volume_column(volume_stage, "brightness") == pytest.approx(260, rel=0.15)
+    assert volume_column(volume_stage, "attenuation") == pytest.approx(0, abs=0.01)
+    assert volume_column(volume_stage, "density") * np.prod(WIDE) == pytest.approx(14, rel=0.35)
+    haze = sum(volume_column(volume_stage, f"haze_{s}") for s in (4, 12, 40))
+    assert haze == pytest.approx(0.3, abs=0.12)
+    assert 0 < volume_stage.config.read_noise < 0.6
+
+
+def test_counts_of_cells_may_be_given(stacks):
+    stage = Background.fit([stacks[0][0]], [stacks[0][1]], num_tiles=1, tile_size=32, counts=[21.0])
+    assert float(volume_column(stage, "density")[0]) * np.prod(WIDE) == pytest.approx(21)
+
+
+def test_gaussian_noise_in_stacks_stays_gaussian():
+    image, labels, _ = volume(7, multiplied=False)
+    stage = Background.fit([image], [labels], num_tiles=1, tile_size=32)
+    assert stage.config.read_noise == 0
+    assert not len(stage.noise_table)
+    assert volume_column(stage, "flat_variance") == pytest.approx(40, rel=0.15)
+    assert volume_column(stage, "gain") == pytest.approx(0.5, rel=0.3)
+
+
+def test_generated_stacks_look_like_the_real_ones(volume_stage, stacks):
+    light, labels = ball_scene(0)
+    light = light * 300 / volume_column(volume_stage, "brightness")[0]
+    style = FrameStyles(volume_stage.table[:1], VOLUME_NAMES)
+    noise = volume_stage.draw([SampleKey(0)], WIDE)
+    made = volume_stage(*tensors(light, labels), style, noise)[0, 0].numpy()
+    real = stacks[0][0]
+    far = ndimage.distance_transform_edt(labels == 0, sampling=(2, 1, 1)) > 9
+    assert made[far].mean() == pytest.approx(real[far].mean(), rel=0.03)
+    assert made[far].var() == pytest.approx(real[far].var(), rel=0.2)
+    skewness = [float(((i[far] - i[far].mean()) ** 3).mean() / i[far].std() ** 3) for i in (real, made)]
+    assert skewness[0] > 1  # or the test would not test
+    assert skewness[1] == pytest.approx(skewness[0], rel=0.3)
+    # light reaches beyond the ball's ends by the axial blur, and as far as in the real stack
+    core = ndimage.binary_erosion(labels > 0, np.ones((1, 5, 5)))
+    beyond = np.roll(core, 7, axis=0) & (labels == 0)
+    assert made[beyond].mean() == pytest.approx(real[beyond].mean(), rel=0.1)
+    assert made[core].mean() == pytest.approx(real[core].mean(), rel=0.1)
+
+
+def test_bits_of_a_stack_do_not_depend_on_the_batch(volume_stage):
+    size, keys = (9, 37, 45), [SampleKey(1, ("v", i)) for i in range(3)]
+    light = torch.rand(3, 1, *size, generator=SampleKey(2).generator())
+    labels = (light > 0.7).int()
+    styles, noise = volume_stage.draw_styles(keys), volume_stage.draw(keys, size)
+    for mode in ("model", "real"):
+        whole = volume_stage(light, labels, styles, noise, mode)
+        assert whole.shape == (3, 1, *size)
+        assert torch.equal(whole, whole.round())
+        for i in range(3):
+            at = slice(i, i + 1)
+            alone = volume_stage(light[at], labels[at], styles.select(at), volume_stage.draw([keys[i]], size), mode)
+            assert torch.equal(alone, whole[at])
+
+
+def test_tiles_of_stacks_are_small_and_free_of_cells(volume_stage):
+    assert volume_stage.tiles.shape == (2, 16, 64, 64)
+    assert volume_stage.tiles.dtype == torch.uint16
+    smooth = ndimage.gaussian_filter(volume_stage.tiles.float().numpy(), (0, 1, 2, 2))
+    assert smooth.max() < 110 + 100  # a cell has 300
+    empty = torch.zeros(1, 1, 20, 80, 50)
+    style = FrameStyles(volume_stage.table[:1], VOLUME_NAMES)
+    image = volume_stage(empty, empty.int(), style, volume_stage.draw([SampleKey(0)], (20, 80, 50)), "real")
+    assert float(image.mean()) == pytest.approx(float(volume_stage.tiles.float().mean()), rel=0.05)
+
+
+def test_cells_added_to_a_stack_are_blurred_along_z_and_bring_shot_noise(volume_stage, stacks):
+    image, sparse, _ = stacks[0]
+    styles = volume_stage.styles_of(torch.from_numpy(image)[None], torch.from_numpy(sparse)[None])
+    assert styles["brightness"].item() == pytest.approx(volume_column(volume_stage, "brightness")[0], rel=0.15)
+    assert styles["level"].item() == pytest.approx(110, rel=0.05)
+    light = torch.zeros(1, 1, *WIDE)
+    light[:, :, 10:20, 20:50, 20:50] = 1.0
+    before = torch.from_numpy(image)[None, None]
+    made = volume_stage.add_cells(before, light, styles, volume_stage.draw([SampleKey(0)], WIDE))
+    added = made - before
+    assert torch.equal(made[:, :, 30:], before[:, :, 30:])
+    assert float(added[:, :, 13:17, 20:50, 20:50].mean()) == pytest.approx(styles["brightness"].item(), rel=0.03)
+    assert float(added[:, :, 20, 20:50, 20:50].mean()) > 0.2 * styles["brightness"].item()
+    variance = float(added[:, :, 13:17, 20:50, 20:50].var())
+    assert variance == pytest.approx((styles["gain"] * styles["brightness"]).item(), rel=0.15)
+
+
+def test_a_stage_of_stacks_goes_to_a_folder_and_back(volume_stage, tmp_path):
+    volume_stage.save_pretrained(tmp_path)
+    again = Background.from_pretrained(tmp_path)
+    assert again.config == volume_stage.config
+    light = torch.rand(1, 1, 8, 24, 24, generator=SampleKey(0).generator())
+    keys = [SampleKey(3)]
+    one, two = (
+        s(light, (light > 0.5).int(), s.draw_styles(keys), s.draw(keys, (8, 24, 24))) for s in (volume_stage, again)
+    )
+    assert torch.equal(one, two)
+
+
+def test_mistakes_with_stacks_are_named(volume_stage, stacks):
+    image, sparse, _ = stacks[0]
+    assert annotated_planes(sparse) == list(range(2, DEPTH, 4))
+    with pytest.raises(InputError, match="annotated plane"):
+        Background.fit([image], [np.full(WIDE, UNLABELLED, np.int32)])
+    with pytest.raises(InputError, match=r"frames\[0\]"):
+        Background.fit([image[:3]], [sparse[:3]])
+    with pytest.raises(InputError, match="counts"):
+        Background.fit([image], [sparse], counts=[1.0, 2.0])
+    with pytest.raises(InputError, match="Z, Y, X"):
+        volume_stage.draw([SampleKey(0)], (32, 32))
+    with pytest.raises(InputError, match="Z, Y, X"):
+        volume_stage.styles_of(torch.from_numpy(image[:1]), torch.from_numpy(sparse[:1]))
+    light = torch.zeros(1, 1, 32, 32)
+    with pytest.raises(InputError, match="light and labels"):
+        volume_stage(light, light.int(), volume_stage.draw_styles([SampleKey(0)]), {})

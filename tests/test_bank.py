@@ -134,6 +134,9 @@ def test_the_bank_hands_out_what_was_dealt_and_stays_small(producer: SerialThrea
     assert bank.stats.max_reuse == 4
     assert bank.stats.over_bound_uses == 0
     assert bank.stats.rejects["empty"] == cascade.num_calls
+    a_block = 4 * 2 * 16 * 16 * 4  # cells, image and mask, pixels, bytes
+    assert 0 < bank.num_bytes <= bank.stats.bank_bytes < a_block * cascade.num_calls / 4
+    assert bank.num_bytes % a_block == 0
     assert 3.0 < bank.stats.mean_reuse <= 4
     # 32 lane-shards, each with the blocks of a few frames in play.
     assert most < 32 * 7
@@ -191,6 +194,9 @@ def test_stats_add_up() -> None:
     a = StreamStats(batches=1, uses=6, fresh_cells=4, max_reuse=3, rejects=Counter(empty=1))
     a.add(StreamStats(batches=2, uses=2, fresh_cells=0, max_reuse=2, rejects=Counter(empty=1, split=2)))
     assert (a.batches, a.uses, a.max_reuse, a.mean_reuse) == (3, 8, 3, 2.0)
+    a.bank_bytes = 5
+    a.add(StreamStats(bank_bytes=7))
+    assert a.bank_bytes == 7, "of one process, so the largest"
     assert a.rejects == {"empty": 2, "split": 2}
     assert StreamStats().mean_reuse == 0
 

@@ -9,13 +9,15 @@ import pytest
 import torch
 from scipy import ndimage
 
-from synthaug.cascade import Cascade, CascadeConfig, embedded_cascades, find_cascade
+from synthaug.cascade import Cascade, CascadeConfig
 from synthaug.datasets.synth import SynthDataset
 from synthaug.errors import CheckpointError, InputError
+from synthaug.hub import embedded_cascades, find_cascade
 from synthaug.randomness import SampleKey
 from synthaug.types import Cells, Population
 
 NAMES = [n for n in embedded_cascades() if n != "nuclei-2d"]
+assert {"nuclei-2d-u2os", "nuclei-2d-large", "nuclei-3d"} <= set(NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +174,9 @@ def test_embedded_cascades_are_small_documented_and_stable(name, tmp_path):
     folder = find_cascade(name)
     assert sum(f.stat().st_size for f in folder.rglob("*.safetensors")) <= 12e6
     card = (folder / "README.md").read_text()
-    for word in ("CC0", "synthaug fit", "steps", "Ljosa"):
+    for word in ("synthaug fit", "steps", "Ljosa", "## Measured"):
         assert word in card
+    assert "CC0" in card or ("CC BY" in card and "attribution" in card)
     cascade = Cascade.from_pretrained(name)
     cascade.save_pretrained(tmp_path / "copy", half=True)
     assert Cascade.from_pretrained(tmp_path / "copy").fingerprint() == cascade.fingerprint()

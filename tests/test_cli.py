@@ -57,7 +57,7 @@ def test_progress_is_said(monkeypatch, capsys):
 
 
 def test_preview_writes_page_picture_and_numbers(monkeypatch, tmp_path, data):
-    monkeypatch.setattr(cli, "PREVIEW_FRAMES", 8)
+    monkeypatch.setattr(cli, "PREVIEW_FRAMES", {2: 8})
     assert run(monkeypatch, "preview", "nuclei-2d", "--real", str(data), "--out", str(tmp_path / "look")) == 0
     page = (tmp_path / "look" / "sheet.html").read_text()
     assert "data:image/png;base64," in page
@@ -66,7 +66,7 @@ def test_preview_writes_page_picture_and_numbers(monkeypatch, tmp_path, data):
 
 
 def test_preview_of_two_images_has_pictures_but_no_numbers(monkeypatch, tmp_path, data, capsys):
-    monkeypatch.setattr(cli, "PREVIEW_FRAMES", 4)
+    monkeypatch.setattr(cli, "PREVIEW_FRAMES", {2: 4})
     for folder in ("images", "labels"):
         for path in sorted((data / folder).iterdir())[2:]:
             path.unlink()

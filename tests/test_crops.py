@@ -85,6 +85,23 @@ def test_brightness_is_relative_to_the_frame():
     assert crops.frame.tolist() == [0, 0, 1, 1]
 
 
+def test_brightness_is_relative_to_a_given_contrast():
+    frame = disc_frame([12, 10], [(40, 40), (90, 90)], gain=200.0)
+    own, given = extract_crops([frame], crop_size=64), extract_crops([frame], crop_size=64, references=[800.0])
+    torch.testing.assert_close(given.image, own.image)
+    assert given.brightness.tolist() == pytest.approx([0.2, 0.2], abs=0.06)  # the mask holds the blur of the border
+    dim = extract_crops([frame, frame], crop_size=64, references=[4000.0, 200.0])
+    assert (dim.counts["without contrast"], dim.frame.tolist()) == (2, [1, 1])
+
+
+def test_crops_know_their_label_and_can_be_chosen():
+    image, labels = disc_frame([12, 12, 12], [(0, 40), (60, 60), (100, 100)])
+    crops = extract_crops([(image, labels)], crop_size=64)
+    assert crops.label.tolist() == [2, 3]
+    chosen = crops.select(torch.tensor([1]))
+    assert (chosen.label.tolist(), chosen.profile.shape) == ([3], crops.profile.shape)
+
+
 def test_camera_range_does_not_matter():
     image, labels = ellipse_frame(0)
     a, b = extract_crops([(image, labels)]), extract_crops([(image * 13 + 77, labels)])

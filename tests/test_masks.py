@@ -8,10 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from synthaug.generators.masks import MaskConfig, MaskDDPM, blur, principal_angle, signed_distance, why_rejected
+from synthaug.errors import InputError
+from synthaug.generators.masks import (
+    ATTRIBUTES,
+    MaskConfig,
+    MaskDDPM,
+    blur,
+    measure_attributes,
+    principal_angle,
+    signed_distance,
+    why_rejected,
+)
 from synthaug.randomness import SampleKey
 
-SMALL = MaskConfig(crop_size=32, block_out_channels=(16, 32), num_inference_steps=2)
+SMALL = MaskConfig(
+    attributes=("radius", "brightness"), crop_size=32, block_out_channels=(16, 32), num_inference_steps=2
+)
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +138,25 @@ def test_no_path_of_the_machine_is_saved(stage, tmp_path):
     MaskDDPM.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
     for folder in ("one", "two"):
         assert str(tmp_path) not in (tmp_path / folder / "unet" / "config.json").read_text()
+
+
+def test_attributes_tell_round_from_long_and_whole_from_concave():
+    half_moon = ellipse(32, 10, 10).copy()
+    half_moon[:16, 12:20] = False
+    masks = torch.from_numpy(np.stack([ellipse(32, 10, 10), ellipse(32, 12, 5), half_moon]))
+    found = measure_attributes(masks, torch.tensor([10.0, 12.0, 10.0]), torch.ones(3))
+    torch.testing.assert_close(found[:, 0].exp(), torch.tensor([10.0, 12.0, 10.0]))
+    assert found[:, 1].abs().max() == 0
+    assert abs(found[0, 2]) < 0.05
+    assert found[1, 2] > 0.6
+    assert found[2, 3] > found[0, 3] + 1
+    assert torch.equal(
+        found[:, :2], measure_attributes(masks, torch.tensor([10.0, 12.0, 10.0]), torch.ones(3), ATTRIBUTES[:2])
+    )
+
+
+def test_attributes_that_do_not_exist_are_refused():
+    with pytest.raises(InputError, match="attributes"):
+        MaskConfig(attributes=("radius", "brightness", "colour"))
+    with pytest.raises(InputError, match="attributes"):
+        MaskConfig(attributes=("brightness", "radius"))

@@ -20,6 +20,7 @@ from synthaug.evaluation.metrics import (
     segmentation_scores,
 )
 from synthaug.randomness import SampleKey
+from synthaug.types import UNLABELLED
 
 
 def squares(*boxes: tuple[int, int, int, int], size: int = 40) -> NDArray[np.int32]:
@@ -122,6 +123,81 @@ def test_volumes() -> None:
     assert average_precision(shifted, volume, [0.5]).tolist() == [1.0]
 
 
+def boxes(num: int, shifts: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Cubes 1, 2, ... on a grid, each moved along every axis."""
+    labels = np.zeros((24, 44, 44), np.int32)
+    corners = [(z, y, x) for z in (2, 13) for y in (2, 16, 30) for x in (2, 16, 30)]
+    for index, (corner, shift) in enumerate(list(zip(corners, shifts))[:num], start=1):
+        z, y, x = np.maximum(np.add(corner, shift), 0)
+        labels[z : z + 8, y : y + 10, x : x + 10] = index
+    return labels
+
+
+def moved_boxes() -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    shifts = SampleKey(0, ("test", "volumes")).numpy().integers(-2, 3, (18, 3))
+    return boxes(18, shifts), boxes(18, np.zeros_like(shifts))
+
+
+def test_seg_of_volumes_is_that_of_ctcmetrics_on_files(tmp_path: Path) -> None:
+    from ctc_metrics.metrics.technical.seg import seg as ctc_seg
+    from ctc_metrics.utils.representations import match
+
+    pred, truth = moved_boxes()
+    gold = tmp_path / "man_seg000.tif", tmp_path / "mask000.tif"
+    tifffile.imwrite(gold[0], truth.astype(np.uint16))
+    tifffile.imwrite(gold[1], pred.astype(np.uint16))
+    ids, _, _, _, iou = match(str(gold[0]), str(gold[1]))
+    expected = ctc_seg([ids], [iou])
+    assert 0.2 < expected < 0.9
+    assert seg(pred, truth) == pytest.approx(expected, abs=1e-12)
+
+    # One gold slice of another time point: man_seg_001_006.tif is compared with plane 6.
+    tifffile.imwrite(tmp_path / "man_seg001_006.tif", truth[6].astype(np.uint16))
+    ids, _, _, _, iou = match(str(tmp_path / "man_seg001.tif"), str(gold[1]))
+    expected = ctc_seg([ids], [iou])
+    sparse = np.full_like(truth, UNLABELLED)
+    sparse[6] = truth[6]
+    assert 0.2 < expected < 0.9
+    assert seg(pred, sparse) == pytest.approx(expected, abs=1e-12)
+    assert seg(pred[6], truth[6]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_planes_that_nobody_annotated_do_not_count() -> None:
+    pred, truth = moved_boxes()
+    sparse = np.full_like(truth, UNLABELLED)
+    sparse[[4, 6, 15]] = truth[[4, 6, 15]]
+    garbage = np.where(sparse == UNLABELLED, 999, pred)
+    scores = segmentation_scores(pred, sparse)
+    assert scores == segmentation_scores(garbage, sparse)
+    found = [pred[[z]] for z in (4, 6, 15)], [truth[[z]] for z in (4, 6, 15)]
+    counts = match_counts(*found, THRESHOLDS)
+    assert match_counts(pred, sparse)[0].tolist() == counts.sum(0).tolist()
+    assert 0 < counts[:, 5, 0].sum() < 27
+    assert scores.seg == pytest.approx(seg(*found))
+    assert (scores.num_frames, scores.num_truth) == (1, 27)
+    assert scores.ap != segmentation_scores(pred, truth).ap
+
+
+def test_sections_in_several_planes_need_no_common_ids() -> None:
+    _, truth = moved_boxes()
+    sparse = np.full_like(truth, UNLABELLED)
+    for z in (3, 5, 8):
+        ids = np.unique(truth[z])[1:]
+        sparse[z] = np.searchsorted(ids, truth[z], side="right") * (truth[z] > 0) + 50 * z * (truth[z] > 0)
+    assert seg(truth, sparse) == 1.0
+    assert average_precision(truth, sparse, [0.95]).tolist() == [1.0]
+    frame = overlaps(truth, sparse)
+    assert len(frame.truth_ids) == len(np.unique(frame.truth_ids)) == 27
+
+
+@pytest.mark.parametrize("where", [np.s_[2, :3], np.s_[:]])
+def test_unlabelled_pixels_make_whole_planes(where: object) -> None:
+    pred, truth = moved_boxes()
+    truth[where] = UNLABELLED  # type: ignore[index]
+    with pytest.raises(InputError, match="truth: expected -1 in whole planes, but not in all"):
+        seg(pred, truth)
+
+
 def test_scores_hold_the_same_numbers() -> None:
     scores = segmentation_scores([PRED, TRUTH], [TRUTH, TRUTH])
     assert scores.seg == pytest.approx(seg([PRED, TRUTH], [TRUTH, TRUTH]))
@@ -139,6 +215,9 @@ def test_scores_hold_the_same_numbers() -> None:
     [
         (TRUTH.astype(np.float32), TRUTH, "pred: expected integer labels, 0 = background, got float32"),
         (TRUTH - 1, TRUTH, "got minimum -1"),
+        (TRUTH, TRUTH - 1, "truth: .* got minimum -1"),
+        (TRUTH[None] - 1, TRUTH[None], "pred: .* got minimum -1"),
+        (TRUTH[None], TRUTH[None] - 2, "truth: .* got minimum -2"),
         (TRUTH[:20], TRUTH, r"expected the shape of the truth, \(40, 40\), got \(20, 40\)"),
         ([TRUTH], [TRUTH, TRUTH], "one frame for each of the 2 truths"),
         ([], [], "one frame for each of the 0 truths"),

@@ -15,6 +15,7 @@ from monai.data import MetaTensor
 from synthaug.datasets.mixing import Mix, RealOrder, check_real, exact_ratio, read_real, relabel
 from synthaug.errors import InputError
 from synthaug.randomness import SampleKey
+from synthaug.types import UNLABELLED
 
 RATIOS = [0, 0.1, 0.25, 1 / 3, 0.5, Fraction(2, 7), 0.618033988749895, 0.9, 0.999, 1e-4, 1]
 
@@ -113,6 +114,56 @@ def test_volumes_too() -> None:
     assert image.shape == label.shape == (1, 2, 5, 5)
 
 
+VOLUME = np.arange(9 * 8 * 7, dtype=np.uint16).reshape(9, 8, 7)
+
+
+def sparse_label(*planes: int) -> np.ndarray:
+    """Labels 5, 6, 7 ... in these planes of `VOLUME`, `UNLABELLED` in the others."""
+    label = np.full(VOLUME.shape, UNLABELLED, np.int32)
+    for i, z in enumerate(planes):
+        label[z], label[z, :, :3] = 0, i + 5
+    return label
+
+
+def test_crops_hold_an_annotated_plane() -> None:
+    seen = Counter()
+    for i in range(300):
+        image, label = read_real([(VOLUME, sparse_label(1, 7))], 0, (3, 8, 7), SampleKey(0, (i,)))
+        z = int(image[0, 0, 0, 0]) // 56
+        seen[z] += 1
+        np.testing.assert_array_equal(image[0], VOLUME[z : z + 3])
+        planes = [p for p in range(3) if (label[0, p] != UNLABELLED).all()]
+        assert planes == [p - z for p in (1, 7) if z <= p < z + 3]
+        assert planes
+        assert label.unique().tolist() == [UNLABELLED, 0, 1], "contiguous, and what is unknown stays so"
+    assert sorted(seen) == [0, 1, 5, 6], "3 of the 7 places hold no annotation"
+    assert min(seen.values()) > 45
+    with pytest.raises(InputError, match=r"real\[0\] label.*at least one annotated plane"):
+        read_real([(VOLUME, sparse_label())], 0, (3, 8, 7), KEY)
+
+
+def test_short_volumes_are_continued_by_their_mirror_image() -> None:
+    label = np.zeros(VOLUME.shape, np.int32)
+    label[2:4, 3:5, 3:4] = 4  # mirrored at no side
+    label[5:7, 0:2, 3:4] = 9  # touches its image across y
+    label[7:8, 2:4, 5:6] = 6  # does not touch its image across x
+    image, _ = read_real([(VOLUME, label)], 0, (6, 12, 10), SampleKey(0))
+    z = int(image[0, 0, 2, 1]) // 56
+    np.testing.assert_array_equal(image[0], np.pad(VOLUME[z : z + 6], ((0, 0), (2, 2), (1, 2)), mode="reflect"))
+    _, out = read_real([(VOLUME, label)], 0, (9, 10, 11), SampleKey(0))
+    assert out.unique().tolist() == [0, 1, 2, 3, 4]
+    inner = out[0, :, 1:9, 2:9].numpy()
+    assert (
+        len(np.unique(inner[label == 4])) == len(np.unique(inner[label == 9])) == len(np.unique(inner[label == 6])) == 1
+    )
+    assert int((out == inner[label == 9][0]).sum()) == 6, "the cell and its image are one"
+    assert int((out == inner[label == 6][0]).sum()) == 2, "the cell and its image are two"
+    _, out = read_real([(VOLUME, sparse_label(4))], 0, (12, 8, 7), SampleKey(0))
+    known = (out[0] != UNLABELLED).all(2).all(1)
+    assert known.tolist() == ((out[0] != UNLABELLED).any(2).any(1)).tolist()
+    assert int(known.sum()) == 1
+
+
 def test_crops_are_keyed_aligned_and_everywhere() -> None:
     corners = set()
     for i in range(300):
@@ -146,6 +197,26 @@ def test_bad_items_are_named(item: Any, message: str) -> None:
         read_real([item], 0, (10, 9), KEY)
 
 
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (np.where(VOLUME < 60, UNLABELLED, 1), "whole planes"),
+        (np.full(VOLUME.shape, -2), "down to -2"),
+        (np.zeros((3, 8, 7), int), r"one shape"),
+    ],
+)
+def test_bad_volumes_are_named(label: np.ndarray, message: str) -> None:
+    with pytest.raises(InputError, match=rf"real\[0\].*{message}"):
+        read_real([(VOLUME, label)], 0, (3, 8, 7), KEY)
+
+
+def test_volumes_far_too_small_are_named() -> None:
+    for size in ((19, 8, 7), (9, 17, 7), (2, 2, 15)):
+        with pytest.raises(InputError, match=r"at least .*got \(9, 8, 7\)"):
+            read_real([(VOLUME, VOLUME)], 0, size, KEY)
+    assert read_real([(VOLUME, VOLUME)], 0, (18, 16, 14), KEY)[0].shape == (1, 18, 16, 14)
+
+
 def test_an_error_of_the_data_set_names_the_item() -> None:
     class Broken:
         def __getitem__(self, index: int) -> None:
@@ -160,3 +231,5 @@ def test_relabel_keeps_order_and_background() -> None:
     assert relabel(np.array([[9, 9], [4, 4]])).tolist() == [[2, 2], [1, 1]]
     assert relabel(np.array([[0, 2**40], [3, 0]])).tolist() == [[0, 2], [1, 0]]
     assert relabel(np.zeros((2, 2), np.uint8)).dtype == np.int32
+    assert relabel(np.array([-1, 4, -1, 9])).tolist() == [-1, 1, -1, 2]
+    assert relabel(np.zeros((0, 2), np.int16)).shape == (0, 2)

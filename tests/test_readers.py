@@ -15,9 +15,11 @@ import tifffile
 import torch
 from torch.utils.data import DataLoader
 
+from synthaug.datasets.decoding import voxel_size_um
 from synthaug.datasets.layouts import LAYOUTS
 from synthaug.datasets.readers import PairDataset, open_pairs
 from synthaug.errors import DataError, InputError
+from synthaug.types import UNLABELLED
 
 
 def discs(num: int = 5, size: int = 40, ids: list[int] | None = None) -> np.ndarray:
@@ -155,12 +157,6 @@ def test_ctc_gold_with_unlabelled_cells_is_reported(tmp_path: Path) -> None:
 def test_ctc_labels_without_image(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"man_seg002.tif: labels without image.*01/t002.tif"):
         assert len(open_pairs(ctc(tmp_path, num=1))) == 1
-
-
-def test_ctc_slices_of_a_volume(tmp_path: Path) -> None:
-    save(ctc(tmp_path) / "01_GT" / "SEG" / "man_seg_000_012.tif", discs())
-    with pytest.raises(DataError, match=r"man_seg_000_012.tif.*3D"):
-        open_pairs(tmp_path)
 
 
 def test_nothing_found_lists_what_was_looked_for(tmp_path: Path) -> None:
@@ -322,13 +318,10 @@ def test_sixteen_bit_colour_png_is_not_cut_to_eight(tmp_path: Path) -> None:
         open_pairs(tmp_path)
 
 
-@pytest.mark.parametrize("axes", ["ZYX", "TYX"])
-def test_volumes_are_refused(tmp_path: Path, axes: str) -> None:
-    volume = np.stack([picture()] * 5)
-    bad_image(tmp_path, volume, metadata={"axes": axes})
-    with pytest.raises(
-        DataError, match=r"bad.tif: expected 2D.*\(5, 40, 40\).*3D volumes and time stacks are not supported"
-    ):
+@pytest.mark.parametrize("imagej", [False, True])
+def test_time_stacks_are_refused(tmp_path: Path, imagej: bool) -> None:
+    bad_image(tmp_path, np.stack([picture()] * 5), imagej=imagej, metadata={"axes": "TYX"})
+    with pytest.raises(DataError, match=r"bad.tif: expected one time point.*TYX of \(5, 40, 40\).*every time point"):
         open_pairs(tmp_path)
 
 
@@ -360,7 +353,7 @@ def test_shape_mismatch(tmp_path: Path) -> None:
         ((discs() > 0).astype(np.uint8) * 255, "1 value covering 5 separate regions.*skimage.measure.label"),
         (discs(12, ids=[1, 2] * 6), "2 values covering 12 separate regions"),
         (discs().astype(np.complex64), "dtype complex64"),
-        (np.stack([discs()] * 6), "2D.*volumes"),
+        (np.stack([discs()] * 6), r"the shape of its image bad.tif, \(40, 40\), got \(6, 40, 40\)"),
     ],
 )
 def test_labels_that_are_none(tmp_path: Path, labels: np.ndarray, message: str) -> None:
@@ -492,6 +485,274 @@ def test_without_imagecodecs(tmp_path: Path) -> None:
     assert lines[0] == "199"
     assert "lzw/images/a.tif" in lines[1]
     assert "pip install imagecodecs" in lines[1]
+
+
+# ------------------------------------------------------------------------------------------------------------- volumes
+
+
+def stack(depth: int = 6) -> np.ndarray:
+    """uint16 [depth, 40, 30], another ramp in every plane."""
+    return np.stack([picture()[:, :30] + 300 * z for z in range(depth)]).astype(np.uint16)
+
+
+def blobs(depth: int = 6, num: int = 5) -> np.ndarray:
+    """uint16 labels [depth, 40, 30]: discs through planes 1 to depth - 2, the third one in plane 2 alone."""
+    labels = np.zeros((depth, 40, 30), np.uint16)
+    labels[1:-1] = discs(num + 1, ids=[1, 2, 3, 99, 4, 5][: num + 1])[:, :30]  # the fourth disc is cut away
+    labels[(labels == 3) & (np.arange(depth) != 2)[:, None, None]] = 0
+    return labels
+
+
+OPTIONS = {
+    "plain": {"metadata": None, "photometric": "minisblack"},
+    "shaped": {},
+    "imagej": {"imagej": True, "metadata": {"axes": "ZYX"}},
+    "ome": {"ome": True, "metadata": {"axes": "ZYX"}},
+    "deflate": {"compression": "zlib", "metadata": None, "photometric": "minisblack"},
+}
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_stacks_are_read_plane_by_plane(tmp_path: Path, kind: str) -> None:
+    save(tmp_path / "images" / "a.tif", stack(), **OPTIONS[kind])
+    save(tmp_path / "labels" / "a.tif", blobs() * 7, **OPTIONS[kind])
+    data = opened(tmp_path)
+    assert data.ndim == 3
+    image, labels = data.read(0)
+    assert (image.dtype, labels.dtype) == (np.float32, np.int32)
+    np.testing.assert_array_equal(image, stack())
+    np.testing.assert_array_equal(labels, blobs())
+    assert data[0]["image"].shape == data[0]["label"].shape == (1, 6, 40, 30)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_stack_dtypes(tmp_path: Path, dtype: type) -> None:
+    values = (stack() % 256).astype(dtype)
+    pair(tmp_path, "a", values, blobs().astype(dtype))
+    data = opened(tmp_path)
+    np.testing.assert_array_equal(data.read(0)[0], values)
+    np.testing.assert_array_equal(data.read(0)[1], blobs())
+
+
+def test_frames_have_two_axes(tmp_path: Path) -> None:
+    pair(tmp_path, "a", picture(), discs())
+    data = opened(tmp_path)
+    assert (data.ndim, data.voxel_size_um) == (2, None)
+
+
+def test_layouts_of_volumes(tmp_path: Path) -> None:
+    save(tmp_path / "cellpose" / "a.tif", stack())
+    save(tmp_path / "cellpose" / "a_masks.tif", blobs())
+    save(tmp_path / "stardist" / "images" / "a.tif", stack())
+    save(tmp_path / "stardist" / "masks" / "a.tif", blobs())
+    save(tmp_path / "ctc" / "01" / "t000.tif", stack())
+    save(tmp_path / "ctc" / "01_ST" / "SEG" / "man_seg000.tif", blobs())
+    for layout in ("cellpose", "stardist", "ctc"):
+        np.testing.assert_array_equal(opened(tmp_path / layout, layout=layout).read(0)[1], blobs())
+
+
+def test_channels_of_a_stack(tmp_path: Path) -> None:
+    channels = np.stack([stack(), stack()], axis=1)
+    bad_image(tmp_path, channels, imagej=True, metadata={"axes": "ZCYX"})
+    with pytest.raises(DataError, match=r"one grey channel, got 2 channels.*channel of interest alone.*axes ZYX"):
+        open_pairs(tmp_path)
+
+
+def test_checks_of_volumes(tmp_path: Path) -> None:
+    binary = (blobs() > 0).astype(np.uint8)
+    pair(tmp_path / "binary", "a", stack(), binary)
+    with pytest.raises(DataError, match=r"labels/a.tif: .*1 value covering 5 separate regions"):
+        open_pairs(tmp_path / "binary")
+    pair(tmp_path / "nan", "a", np.where(stack() == 7, np.nan, stack()).astype(np.float32), blobs())
+    with pytest.raises(DataError, match=r"images/a.tif: expected finite values"):
+        open_pairs(tmp_path / "nan")
+    pair(tmp_path / "shape", "a", stack(), blobs(7))
+    with pytest.raises(DataError, match=r"\(6, 40, 30\), got \(7, 40, 30\)"):
+        open_pairs(tmp_path / "shape")
+    pair(tmp_path / "empty", "a", stack(), blobs() * 0)
+    with pytest.warns(UserWarning, match="a.tif: empty frame"):
+        open_pairs(tmp_path / "empty")
+    pair(tmp_path / "specks", "a", stack(), blobs())
+    with pytest.warns(UserWarning, match="1 instances under 40 voxels dropped, the smallest of 29 voxels"):
+        assert open_pairs(tmp_path / "specks", min_area=40).read(0)[1].max() == 4
+
+
+def test_parts_of_a_volume_connect_along_z(tmp_path: Path) -> None:
+    """A staircase of single pixels is one part in 3D and none of its planes tells so."""
+    labels = np.zeros((6, 40, 30), np.uint16)
+    for z in range(6):
+        labels[z, 10 + z, 10 + z] = 1
+    pair(tmp_path, "a", stack(), labels)
+    assert opened(tmp_path).read(0)[1].max() == 1
+    labels[3] = 0
+    pair(tmp_path, "a", stack(), labels)
+    with pytest.warns(UserWarning, match="1 instances lie in 2 parts"):
+        open_pairs(tmp_path)
+
+
+def test_frames_among_volumes(tmp_path: Path) -> None:
+    pair(tmp_path, "a", stack(), blobs())
+    pair(tmp_path, "b", picture(), discs())
+    data = opened(tmp_path)
+    with pytest.raises(DataError, match=r"images/b.tif: expected 3D as .*images/a.tif, got 2D.*folders of their own"):
+        data.read(1)
+
+
+def test_single_planes_of_a_stack(tmp_path: Path) -> None:
+    """Every plane has ids of its own; planes without a file are unlabelled, and one without a cell is not."""
+    save(tmp_path / "images" / "a.tif", stack())
+    for z, ids in ((4, [3, 5]), (1, [5, 9])):
+        save(tmp_path / "labels" / f"a_z{z:03d}.tif", discs(2, ids=ids)[:, :30])
+    save(tmp_path / "labels" / "a_z5.png", np.zeros((40, 30), np.uint8))
+    data = opened(tmp_path)
+    image, labels = data.read(0)
+    np.testing.assert_array_equal(image, stack())
+    expected = np.full((6, 40, 30), UNLABELLED)
+    expected[1], expected[5] = discs(2)[:, :30], 0
+    expected[4] = np.where(expected[1] > 0, expected[1] + 2, 0)
+    np.testing.assert_array_equal(labels, expected)
+    np.testing.assert_array_equal(data[0]["label"][0], expected)
+    assert (len(data), data.name(0)) == (1, "a")
+
+
+def test_single_planes_in_the_cellpose_layout(tmp_path: Path) -> None:
+    save(tmp_path / "a.tif", stack())
+    save(tmp_path / "a_z002_masks.tif", discs(2)[:, :30])
+    save(tmp_path / "a_z004_cp_masks.tif", discs(2)[:, :30])
+    labels = opened(tmp_path).read(0)[1]
+    assert [int(plane.max()) for plane in labels] == [-1, -1, 2, -1, 4, -1]
+
+
+def test_small_outlines_of_single_planes(tmp_path: Path) -> None:
+    save(tmp_path / "images" / "a.tif", stack())
+    plane = discs(3)[:, :30]
+    plane[30, 20] = 9
+    save(tmp_path / "labels" / "a_z002.tif", plane)
+    with pytest.warns(UserWarning, match="1 instances under 5 voxels"):
+        labels = open_pairs(tmp_path, min_area=5).read(0)[1]
+    np.testing.assert_array_equal(labels[2], discs(3)[:, :30])
+    assert (labels[[0, 1, 3, 4, 5]] == UNLABELLED).all()
+
+
+def test_planes_that_are_none(tmp_path: Path) -> None:
+    for case, name, plane, message in (
+        ("beyond", "a_z006", discs()[:, :30], "a_z006.tif: .*plane 6, .*the first plane is 0"),
+        ("size", "a_z001", discs(), r"a_z001.tif: .*shape \(40, 40\), for an image of \(6, 40, 30\)"),
+        ("stack", "a_z001", blobs(), "a_z001.tif: expected a 2D plane of a stack"),
+        ("mask", "a_z001", discs()[:, :30] > 0, "a_z001.tif: expected instance labels"),
+        ("flat", "a", discs()[:, :30], "labels/a.tif: expected the shape .*a_z012 of plane 12"),
+    ):
+        save(tmp_path / case / "images" / "a.tif", stack())
+        save(tmp_path / case / "labels" / f"{name}.tif", plane)
+        with pytest.raises(DataError, match=message):
+            open_pairs(tmp_path / case)
+    save(tmp_path / "frame" / "images" / "a.tif", picture())
+    save(tmp_path / "frame" / "labels" / "a_z000.tif", discs())
+    with pytest.raises(DataError, match=r"a_z000.tif: expected a 2D plane of a stack"):
+        open_pairs(tmp_path / "frame")
+
+
+def test_names_that_end_like_planes_stay_names(tmp_path: Path) -> None:
+    for name in ("a", "a_z001"):
+        pair(tmp_path, name, picture(), discs())
+    assert [opened(tmp_path).name(i) for i in range(2)] == ["a", "a_z001"]
+
+
+@pytest.mark.parametrize("digits", [3, 4])
+def test_ctc_gold_planes(tmp_path: Path, digits: int) -> None:
+    """Time 0 has silver, time 1 only planes of gold, whose ids are tracks; time 2 gold of the whole stack."""
+    for t in range(3):
+        save(tmp_path / "01" / f"t{t:0{digits}d}.tif", stack() + t)
+    save(tmp_path / "01_ST" / "SEG" / f"man_seg{0:0{digits}d}.tif", blobs())
+    gold = tmp_path / "01_GT" / "SEG"
+    for t, z, ids in ((0, 2, [1, 2]), (1, 3, [30, 12]), (1, 1, [30, 40]), (2, 0, [1, 2])):
+        save(gold / f"man_seg_{t:0{digits}d}_{z:03d}.tif", discs(2, ids=ids)[:, :30])
+    save(gold / f"man_seg{2:0{digits}d}.tif", blobs(num=4))
+    data = opened(tmp_path)
+    assert len(data) == 3
+    np.testing.assert_array_equal(data.read(0)[1], blobs())
+    np.testing.assert_array_equal(data.read(2)[1], blobs(num=4))
+    image, labels = data.read(1)
+    np.testing.assert_array_equal(image, stack() + 1)
+    expected = np.full((6, 40, 30), UNLABELLED)
+    expected[1], expected[3] = discs(2, ids=[2, 3])[:, :30], discs(2, ids=[2, 1])[:, :30]
+    np.testing.assert_array_equal(labels, expected)
+
+
+def test_ctc_gold_planes_with_unlabelled_cells_are_reported(tmp_path: Path) -> None:
+    """Markers beside the annotated plane are no cells of it."""
+    save(tmp_path / "01" / "t000.tif", stack())
+    save(tmp_path / "01_GT" / "SEG" / "man_seg_000_002.tif", discs(2)[:, :30])
+    markers = blobs()  # plane 2 shows 5 cells, plane 3 shows 4
+    markers[2, markers[2] > 2] = 0
+    save(tmp_path / "01_GT" / "TRA" / "man_track000.tif", markers)
+    assert len(opened(tmp_path)) == 1
+    save(tmp_path / "01_GT" / "TRA" / "man_track000.tif", blobs())
+    with pytest.warns(UserWarning, match=r"man_seg_000_002.tif.*2 of 5 cells are labelled"):
+        open_pairs(tmp_path)
+
+
+def test_ctc_planes_without_image(tmp_path: Path) -> None:
+    save(ctc(tmp_path, num=3) / "01_GT" / "SEG" / "man_seg_007_002.tif", discs())
+    with pytest.warns(UserWarning, match=r"man_seg_007_002.tif: labels without image: left out. Add 01/t007.tif"):
+        open_pairs(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------- voxel sizes
+
+
+@pytest.mark.parametrize(("unit", "factor"), [("\u00b5m", 1), ("um", 1), ("nm", 1e-3), ("mm", 1e3), ("cm", 1e4)])
+def test_voxel_size_from_ome(tmp_path: Path, unit: str, factor: float) -> None:
+    sizes = {"Z": 1.75, "Y": 0.8, "X": 0.4}
+    metadata = {"axes": "ZYX"} | {f"PhysicalSize{a}": s / factor for a, s in sizes.items()}
+    metadata |= {f"PhysicalSize{a}Unit": unit.replace("um", "\u00b5m") for a in sizes}
+    path = save(tmp_path / "a.ome.tif", stack(), metadata=metadata)
+    assert voxel_size_um(path) == pytest.approx((1.75, 0.8, 0.4))
+
+
+@pytest.mark.parametrize("unit", ["um", "micron", "\\u00B5m"])
+def test_voxel_size_from_imagej(tmp_path: Path, unit: str) -> None:
+    metadata = {"axes": "ZYX", "spacing": 1.75, "unit": unit}
+    path = save(tmp_path / "a.tif", stack(), imagej=True, resolution=(1 / 0.4, 1 / 0.8), metadata=metadata)
+    assert voxel_size_um(path) == pytest.approx((1.75, 0.8, 0.4))
+
+
+def test_voxel_size_of_a_frame(tmp_path: Path) -> None:
+    metadata = {"axes": "YX", "unit": "um"}
+    path = save(tmp_path / "a.tif", picture(), imagej=True, resolution=(1 / 0.4, 1 / 0.8), metadata=metadata)
+    assert voxel_size_um(path) == pytest.approx((0.8, 0.8, 0.4))
+
+
+def test_voxel_sizes_that_do_not_tell(tmp_path: Path) -> None:
+    imagej = {"imagej": True, "resolution": (2, 2)}
+    ome = {"axes": "ZYX", "PhysicalSizeY": 0.5, "PhysicalSizeX": 0.5}
+    for name, array, options in (
+        ("png.png", picture(), {}),
+        ("plain.tif", stack(), {"resolution": (72, 72), "resolutionunit": 2}),
+        ("no_unit.tif", stack(), imagej | {"metadata": {"axes": "ZYX", "spacing": 2.0}}),
+        ("pixel.tif", stack(), imagej | {"metadata": {"axes": "ZYX", "spacing": 2.0, "unit": "pixel"}}),
+        ("no_spacing.tif", stack(), imagej | {"metadata": {"axes": "ZYX", "unit": "um"}}),
+        ("no_z.ome.tif", stack(), {"metadata": ome}),
+        ("pixels.ome.tif", stack(), {"metadata": ome | {"PhysicalSizeZ": 2.0, "PhysicalSizeZUnit": "pixel"}}),
+        ("zero.ome.tif", stack(), {"metadata": ome | {"PhysicalSizeZ": 0.0}}),
+    ):
+        assert voxel_size_um(save(tmp_path / name, array, **options)) is None, name
+    (tmp_path / "broken.tif").write_bytes(b"not an image")
+    with pytest.raises(DataError, match=r"broken.tif: expected a readable TIFF"):
+        voxel_size_um(tmp_path / "broken.tif")
+
+
+def test_a_data_set_has_one_voxel_size(tmp_path: Path) -> None:
+    for name, spacing in (("a", 1.75), ("b", 1.751), ("c", 2.0)):
+        metadata = {"axes": "ZYX", "spacing": spacing, "unit": "um"}
+        save(tmp_path / "images" / f"{name}.tif", stack(), imagej=True, resolution=(2, 2), metadata=metadata)
+        save(tmp_path / "labels" / f"{name}.tif", blobs())
+    data = opened(tmp_path)
+    data.read(1)
+    assert data.voxel_size_um == (1.75, 0.5, 0.5)
+    assert not data.warnings
+    with pytest.warns(UserWarning, match=r"c.tif: another voxel size: \(2.0, 0.5, 0.5\) um, where a.tif says \(1.75"):
+        data.read(2)
 
 
 # ------------------------------------------------------------------------------------------------------ living with it

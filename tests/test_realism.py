@@ -11,11 +11,23 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from synthaug.errors import InputError
+from synthaug.evaluation import shape_stats
 from synthaug.evaluation.copies import near_copies, nearest_distances, polar_descriptors
 from synthaug.evaluation.realism import PROPERTIES, RealismReport, cell_properties, realism_report
 from synthaug.evaluation.texture_features import FEATURE_NAMES, TextureFeatures, frechet_distance
-from synthaug.evaluation.tiles import Pair, cut_by_border, cut_tiles
+from synthaug.evaluation.tiles import (
+    MAX_PLANES,
+    Pair,
+    check_pairs,
+    cut_by_border,
+    cut_tiles,
+    orthogonal_views,
+    planes,
+    stretch_rows,
+)
 from synthaug.randomness import SampleKey
+from synthaug.types import UNLABELLED
+from tests.test_copies import volumes
 
 
 def frame(key: SampleKey, size: int = 192, num_cells: int = 22) -> Pair:
@@ -280,3 +292,174 @@ def test_bad_input() -> None:
         realism_report(train, train, [(image[:50], labels[:50])])
     with pytest.raises(InputError, match="4 tiles of 128 px each, got"):
         realism_report(train, train, train[:3])
+
+
+def thinned(pairs: list[Pair], step: int = 5) -> list[Pair]:
+    """Only every so many-th plane annotated."""
+    out = []
+    for image, labels in pairs:
+        sparse = np.full_like(labels, UNLABELLED)
+        sparse[2::step] = labels[2::step]
+        out.append((image, sparse))
+    return out
+
+
+def test_boxes_of_volumes_keep_what_is_not_annotated() -> None:
+    image, labels = thinned(volumes("train"))[0]
+    boxes = cut_tiles([(image, labels)], (10, 64, 64))
+    assert [own.shape for own, _ in boxes] == [(10, 64, 64)] * 2
+    assert np.array_equal(boxes[1][0], image[12:22, 8:72, 8:72])
+    for (_, own), start in zip(boxes, (2, 12)):
+        given = labels[start : start + 10, 8:72, 8:72]
+        assert np.array_equal(own < 0, given == UNLABELLED)
+        assert np.array_equal(own > 0, given > 0)
+        assert np.array_equal(np.unique(own), np.arange(-1, own.max() + 1))
+    labels = np.zeros((5, 6, 7), np.int32)
+    labels[0, 2, 2], labels[2, 5, 3], labels[3, 3, 6], labels[2, 2, 2] = 4, 3, 2, 9
+    assert cut_by_border(labels).tolist() == [2, 3, 4]
+
+
+def test_planes_of_volumes_at_true_aspect() -> None:
+    rng = SampleKey(0, ("planes",)).numpy()
+    image = rng.normal(size=(20, 30, 40)).astype(np.float32)
+    labels = rng.integers(0, 9, image.shape).astype(np.int32)
+    across = planes([(image, labels)], "xy")
+    assert len(across) == MAX_PLANES
+    assert all(any(np.array_equal(own, plane) for plane in image) for own, _ in across)
+    along = planes([(image, labels)], "xz", (2.0, 0.8, 0.8))
+    assert {own.shape for own, _ in along} == {(50, 40)}
+    assert [own.shape for own, _ in planes([(image, labels)], "xz")] == [(20, 40)] * MAX_PLANES
+    sparse = labels.copy()
+    sparse[np.arange(20) % 7 != 3] = UNLABELLED
+    annotated = planes([(image, sparse)], "xy", annotated=True)
+    assert [np.array_equal(own, image[z]) for (own, _), z in zip(annotated, (3, 10, 17))] == [True] * 3
+    assert len(annotated) == 3
+
+    ramp = np.arange(6, dtype=np.float32)[:, None].repeat(2, 1)
+    tall = stretch_rows(ramp, 3.0)
+    assert tall.shape == (18, 2)
+    assert tall[:, 0] == pytest.approx(np.clip((np.arange(18) + 0.5) / 3 - 0.5, 0, 5))
+    assert np.array_equal(stretch_rows(ramp.astype(np.int32), 3.0)[:, 0], np.arange(6).repeat(3))
+
+
+def test_views_pass_through_the_cells() -> None:
+    labels = np.zeros((10, 20, 30), np.int32)
+    labels[1:4, 4:8, 20:29] = 1
+    labels[2, 5, 1] = 2
+    image = np.arange(labels.size, dtype=np.float32).reshape(labels.shape)
+    views = orthogonal_views((image, labels), (3.0, 1.0, 1.0))
+    assert {name: own.shape for name, (own, _) in views.items()} == {"xy": (20, 30), "xz": (30, 30), "yz": (20, 30)}
+    assert np.array_equal(views["xy"][0], image[2])
+    assert np.array_equal(views["xz"][1], labels[:, 5].repeat(3, 0))
+    assert np.array_equal(views["yz"][1], labels[:, :, 20].repeat(3, 0).T)
+    sparse = np.full_like(labels, UNLABELLED)
+    sparse[3] = labels[3]
+    assert np.array_equal(orthogonal_views((image, sparse))["xy"][0], image[3])
+    assert min(own.min() for _, own in orthogonal_views((image, sparse)).values()) == 0
+    middle = orthogonal_views((image, np.zeros_like(labels)))
+    assert np.array_equal(middle["xy"][0], image[5])
+    assert np.array_equal(middle["yz"][0], image[:, :, 15].T)
+
+
+SIZE = (2.0, 1.0, 1.0)
+
+
+@cache
+def volume_report(defect: str) -> RealismReport:
+    made = volumes("other")
+    if defect == "shuffled planes":
+        order = SampleKey(0, ("shuffle",)).numpy().permutation(24)
+        made = [(image[order], labels) for image, labels in made]
+    return realism_report(volumes("train"), volumes("val"), made, num_repeats=3, voxel_size_um=SIZE)
+
+
+def test_report_of_like_volumes() -> None:
+    result = volume_report("none")
+    assert result.tile == (24, 80, 80)
+    assert result.texture_tile == 80
+    assert set(result.frechet_planes) == {"xy", "xz"}
+    assert all(distance.ratio < 2 for distance in result.frechet_planes.values())
+    assert set(result.wasserstein) == set(result.ks) == set(shape_stats.PROPERTIES)
+    assert min(result.num_cells) > 15
+    assert not result.sections
+    assert result.copies.num_train > result.copies.num_val
+
+
+def test_both_planes_of_texture_stand_alone_and_together() -> None:
+    """The same planes in another order: nothing shows across the axis, everything along it."""
+    result = volume_report("shuffled planes")
+    xy, xz = (result.frechet_planes[kind] for kind in ("xy", "xz"))
+    assert xy.ratio < 2
+    assert xz.ratio > 5
+    assert result.frechet.r2s == pytest.approx((xy.r2s + xz.r2s) / 2)
+    assert result.frechet.r2r == pytest.approx((xy.r2r + xz.r2r) / 2)
+    assert max(result.shifts, key=lambda name: result.shifts[name].r2s).startswith("xz ")
+    assert set(result.shifts) == {f"{kind} {name}" for kind in ("xy", "xz") for name in FEATURE_NAMES}
+
+
+def test_volume_report_tells_shapes_apart() -> None:
+    """Cells of two thirds of the depth, in planes that look the same."""
+    flat = []
+    for image, labels in volumes("other"):
+        kept = np.zeros_like(labels)
+        for index in range(1, labels.max() + 1):
+            depth = np.flatnonzero((labels == index).any((1, 2)))
+            cut = len(depth) // 6
+            kept[depth[cut : len(depth) - cut]] += index * (labels[depth[cut : len(depth) - cut]] == index)
+        flat.append((image, kept))
+    result = realism_report(volumes("train"), volumes("val"), flat, num_repeats=3, voxel_size_um=SIZE)
+    assert result.frechet == volume_report("none").frechet
+    assert result.wasserstein["z_extent"].r2s > 1
+    assert result.wasserstein["z_extent"].ratio > 3
+    assert result.wasserstein["equatorial_area"].r2s < 0.6
+
+
+def test_volume_report_as_text_and_json() -> None:
+    result = volume_report("none")
+    text = result.table()
+    for words in ("distance, xy", "distance, xz", "z extent, W1 / sd", "Volumes (train, val, synthetic): 4, 4, 4"):
+        assert words in text
+    assert "Tiles of 24 x 80 x 80 px" in text
+    assert "mean of xy and xz" in text
+    plain = result.as_dict()
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+    assert plain["frechet_planes"]["xz"]["r2s"] == result.frechet_planes["xz"].r2s
+
+
+def test_volumes_with_few_annotated_planes_are_compared_in_planes() -> None:
+    train = thinned(volumes("train"))
+    result = realism_report(train, volumes("val"), volumes("other"), num_repeats=3, voxel_size_um=SIZE)
+    assert result.sections
+    assert set(result.wasserstein) == set(PROPERTIES)
+    assert result.frechet == volume_report("none").frechet  # needs no labels
+    assert result.wasserstein["area"].ratio < 3
+    assert result.num_cells[0] < result.num_cells[1]  # 5 planes a volume instead of 16
+    assert "compared in planes" in result.table()
+
+
+def test_shallow_volumes_are_measured_across_the_axis_only() -> None:
+    sets = [[(image[8:16], labels[8:16]) for image, labels in volumes(name)] for name in ("train", "val", "other")]
+    result = realism_report(*sets, num_repeats=2, voxel_size_um=SIZE)
+    assert set(result.frechet_planes) == {"xy"}
+    assert result.frechet == result.frechet_planes["xy"]
+    assert "of xy alone" in result.table()
+
+
+def test_bad_volumes() -> None:
+    image, labels = volumes("train")[0]
+    frames, stacks = real("train"), volumes("train")
+    with pytest.raises(InputError, match="all frames or all volumes, got 2D train, 2D val, 3D synthetic"):
+        realism_report(frames, frames, stacks)
+    with pytest.raises(InputError, match=r"either frames \[Y, X\] or volumes"):
+        check_pairs("train", [frames[0], stacks[0]])
+    with pytest.raises(InputError, match="voxel_size_um"):
+        realism_report(stacks, stacks, stacks, voxel_size_um=(1.0, 1.0, 0.0))
+    with pytest.raises(InputError, match=r"tile: expected 64 px up to .* \(60 px\)"):
+        realism_report(stacks, stacks, [(image[:, :60], labels[:, :60])])
+    torn = labels.copy()
+    torn[3, 0, 0] = UNLABELLED
+    for wrong in (labels - 2, torn):
+        with pytest.raises(InputError, match="-1 in whole planes of a volume, got minimum"):
+            check_pairs("train", [(image, wrong)])
+    with pytest.raises(InputError, match="-1 in whole planes of a volume"):
+        check_pairs("train", [(image[0], labels[0] - 1)])

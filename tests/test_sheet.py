@@ -20,15 +20,20 @@ from synthaug.errors import InputError
 from synthaug.evaluation.realism import Pair, realism_report
 from synthaug.evaluation.sheet import (
     HISTOGRAMS,
+    VOLUME_HISTOGRAMS,
     display_range,
     grey,
     histogram_svg,
     label_colours,
     outlines,
+    panel,
     write_contact_sheet,
     write_sheet,
 )
+from synthaug.evaluation.tiles import orthogonal_views
 from synthaug.randomness import SampleKey
+from synthaug.types import UNLABELLED
+from tests.test_copies import volumes
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 VOID = {"meta", "link", "img", "input", "br"}
@@ -247,8 +252,84 @@ def test_contact_sheet_holds_every_frame(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["sheet.png"]
 
 
+SIZE = (2.0, 1.0, 1.0)
+
+
+def test_a_panel_holds_three_planes() -> None:
+    views = {"xy": np.full((5, 7), 1, np.uint8), "xz": np.full((4, 7), 2, np.uint8), "yz": np.full((5, 4), 3, np.uint8)}
+    whole = panel(views, 9)
+    assert whole.shape == (12, 14)
+    assert (whole[:5, :7] == 1).all()
+    assert (whole[8:, :7] == 2).all()
+    assert (whole[:5, 10:] == 3).all()
+    assert (whole == 9).sum() == 12 * 14 - 35 - 28 - 20
+    colours = panel({name: np.repeat(view[..., None], 4, -1) for name, view in views.items()}, 0)
+    assert np.array_equal(colours[..., 2], np.where(whole == 9, 0, whole))
+
+
+def test_page_of_volumes_shows_three_planes_of_each(tmp_path: Path) -> None:
+    real, synthetic = volumes("train"), volumes("other")
+    write_sheet(tmp_path / "a.html", real, synthetic, title="t", num=2, voxel_size_um=SIZE)
+    text = (tmp_path / "a.html").read_text()
+    page = Page(text)
+    by_text = {picture["alt"]: decode(picture["src"]) for picture in page.all("img")}
+    assert len(by_text) == 3 * 4
+    limits = display_range(real)
+    for kind, shown in (("real", real[:2]), ("synthetic", synthetic[:2])):
+        for number, pair in enumerate(shown, start=1):
+            views = orthogonal_views(pair, SIZE)
+            picture = by_text[f"{kind} frame {number}"]
+            assert picture.shape == (80 + 3 + 48, 80 + 3 + 48)  # 24 planes of 2 px
+            assert np.array_equal(picture[:80, :80], grey(views["xy"][0], limits))
+            assert np.array_equal(picture[83:, :80], grey(views["xz"][0], limits))
+            assert np.array_equal(picture[:80, 83:], grey(views["yz"][0], limits))
+            for suffix in ("labels", "outlines"):
+                opaque = by_text[f"{kind} frame {number}, {suffix}"][..., 3] > 0
+                assert opaque.any()
+                assert not opaque[80:83].any()
+                assert not opaque[83:, 83:].any()
+            assert np.array_equal(by_text[f"{kind} frame {number}, labels"][:80, 83:, 3] > 0, views["yz"][1] > 0)
+    assert len(page.all("svg")) == len(VOLUME_HISTOGRAMS)
+    said = " ".join(page.text)
+    for words in ("Tiles of 24 x 80 x 80 px", "below it xz, beside it yz", "µm³", "z extent", "nearest neighbour"):
+        assert words in said
+
+
+def test_page_of_volumes_with_few_annotated_planes(tmp_path: Path) -> None:
+    sparse = []
+    for image, labels in volumes("train"):
+        own = np.full_like(labels, UNLABELLED)
+        own[6:20:6] = labels[6:20:6]
+        sparse.append((image, own))
+    write_sheet(tmp_path / "a.html", sparse, volumes("other"), title="t", num=1)
+    page = Page((tmp_path / "a.html").read_text())
+    assert len(page.all("svg")) == len(HISTOGRAMS)
+    opaque = {picture["alt"]: decode(picture["src"]) for picture in page.all("img")}["real frame 1, labels"][..., 3] > 0
+    assert 0 < opaque[83:].any(1).sum() <= 3  # xz: a row an annotated plane
+
+
+def test_contact_sheet_of_volumes(tmp_path: Path) -> None:
+    real, synthetic = volumes("train"), volumes("other")[:3]
+    write_contact_sheet(tmp_path / "sheet.png", real, synthetic, 4, SIZE)
+    sheet = np.asarray(iio.imread(tmp_path / "sheet.png"))
+    limits = display_range(real)
+    columns = []
+    for pair in [*real, *synthetic]:
+        shown = panel({name: grey(image, limits) for name, (image, _) in orthogonal_views(pair, SIZE).items()}, 255)
+        assert shown.shape == (131, 131)
+        corners = np.argwhere(sheet[:-130, :-130] == shown[0, 0])
+        found = [x for y, x in corners if np.array_equal(sheet[y : y + 131, x : x + 131], shown)]
+        assert len(found) == 1
+        columns += found
+    assert max(columns[:4]) + 131 < min(columns[4:])
+
+
 def test_bad_input(tmp_path: Path) -> None:
     real = pairs("real")
+    with pytest.raises(InputError, match="all frames or all volumes, got 2D real_pairs, 3D synthetic_pairs"):
+        write_sheet(tmp_path / "a.html", real, volumes("other"), title="t")
+    with pytest.raises(InputError, match="voxel_size_um"):
+        write_contact_sheet(tmp_path / "a.png", volumes("other"), volumes("other"), 2, (0.0, 1.0, 1.0))
     with pytest.raises(InputError, match="synthetic_pairs: expected at least one"):
         write_sheet(tmp_path / "a.html", real, [], title="t")
     with pytest.raises(InputError, match=r"real_pairs\[0\]: expected image and labels of one shape"):

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from synthaug.generators.masks import signed_distance
-from synthaug.generators.texture import TextureConfig, TextureDiffusion, build_unet, tiny_config
+from synthaug.generators.texture import (
+    PLANES,
+    TextureConfig,
+    TextureDiffusion,
+    axial_profile,
+    build_unet,
+    tiny_config,
+)
 from synthaug.randomness import SampleKey
-from synthaug.types import CellMasks
+from synthaug.types import CellMasks, Slices
 from tests.test_masks import ellipse
 
 
-def small(crop_size: int = 64, **changes) -> TextureConfig:
-    changes = {"vae_channels": (8, 16), "block_out_channels": (8, 16), "num_inference_steps": 2} | changes
-    return tiny_config(crop_size, **changes)
+def small(crop_size: int = 64, **changes: Any) -> TextureConfig:
+    defaults: dict[str, Any] = {"vae_channels": (8, 16), "block_out_channels": (8, 16), "num_inference_steps": 2}
+    return tiny_config(crop_size, **(defaults | changes))
 
 
 def masks(num: int, size: int = 64) -> CellMasks:
@@ -158,3 +167,101 @@ def test_stable_diffusion_latents_are_scaled_as_its_vae_says():
     stage = TextureDiffusion(small())
     scale = stage.vae.config.scaling_factor
     torch.testing.assert_close(stage.latent_moments, torch.stack([torch.zeros(8), torch.full((8,), 1 / scale)]))
+
+
+# Stacks ---------------------------------------------------------------------------------------------------------------
+
+
+def slices(num: int, planes: int = 9, size: int = 32) -> Slices:
+    """Balls of falling radius in the middle planes; the first and the last plane are empty."""
+    sdf = torch.full((num, planes, size, size), float(size))
+    for i in range(num):
+        for k in range(1, planes - 1):
+            radius = 11 - i - abs(k - planes // 2)
+            sdf[i, k] = torch.from_numpy(signed_distance(ellipse(size, radius, radius)))
+    return Slices(sdf=sdf, brightness=torch.linspace(0.5, 2, num), scale=torch.ones(num))
+
+
+@pytest.fixture(scope="module")
+def stack_stage() -> TextureDiffusion:
+    """Untrained, but bright: the decoder's bias stands for light."""
+    stage = TextureDiffusion(small(32, latent_size=8, num_inference_steps=1)).eval()
+    with torch.no_grad():
+        stage.vae.decoder.conv_out.bias.fill_(0.0)
+    return stage
+
+
+def keys(num: int) -> list[SampleKey]:
+    return [SampleKey(0, (i,)) for i in range(num)]
+
+
+def test_every_plane_of_a_stack_has_its_own_outline_and_a_mean_of_one(stack_stage):
+    block = slices(3)
+    cells = stack_stage(block, stack_stage.draw(keys(3), 9))
+    assert cells.image.shape == cells.sdf.shape == (3, 9, 32, 32)
+    assert torch.equal(cells.sdf, block.sdf)
+    assert float(cells.image[:, [0, 8]].abs().max()) == 0
+    assert float(cells.image[cells.sdf > 10].abs().max()) < 1e-6
+    for image, mask in zip(cells.image[:, 1:8].flatten(0, 1), cells.mask[:, 1:8].flatten(0, 1)):
+        assert float(image[mask].mean()) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_cells_planes_do_not_depend_on_the_company_they_are_packed_with(stack_stage):
+    block, noise = slices(8), stack_stage.draw(keys(8), 9)
+    assert (block.mask.flatten(2).any(2).sum() % PLANES) != 0  # the last batch has to be filled up
+    whole = stack_stage(block, noise)
+    for order in ([5], [2, 0, 7], [7, 6, 5, 4, 3, 2, 1, 0]):
+        index = torch.tensor(order)
+        part = stack_stage(block.select(index), {"latent": noise["latent"][index]})
+        assert torch.equal(part.image, whole.image[index])
+
+
+def test_images_of_neighbouring_planes_are_more_alike_with_rho():
+    """Through the whole network, at one outline: only the noise differs from plane to plane."""
+    one = torch.from_numpy(signed_distance(ellipse(32, 11, 11)))
+    block = Slices(sdf=one.expand(24, 2, 32, 32).clone(), brightness=torch.ones(24), scale=torch.ones(24))
+    inside = one < -2
+    found = []
+    for rho in (0.0, 1.0, 4.0):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            stage = TextureDiffusion(small(32, latent_size=8, num_inference_steps=1, rho=rho)).eval()
+        image = stage(block, stage.draw(keys(24), 2)).image[:, :, inside]
+        rest = image - image.mean((0, 1))  # what all cells share comes from the outline
+        a, b = rest[:, 0].flatten(), rest[:, 1].flatten()
+        found.append(float(torch.corrcoef(torch.stack([a, b]))[0, 1]))
+    assert abs(found[0]) < 0.05
+    assert found[1] > found[0] + 0.05
+    assert found[2] > 0.5  # an untrained network is far from linear: less than the noise's own 0.94
+
+
+def test_planes_are_as_bright_as_a_blurred_slab():
+    mask = torch.zeros(2, 15, 8, 8, dtype=torch.bool)
+    mask[0, 2:13] = True
+    found = axial_profile(mask, 0.5, 1.5)
+    assert found[0, 7] == 1
+    assert torch.allclose(found[0], found[0].flip(0))
+    assert (found[0, 7:13].diff() < 0).all()
+    assert float(found[0, 7 + 3]) == pytest.approx(0.46, abs=0.03)  # near the end of the slab, half of its middle
+    assert (found[1] == 1).all()  # no cell, nothing to divide by
+    assert (axial_profile(mask, 0.5, 0.0) == 1).all()
+    assert axial_profile(mask, 0.2, 0.3).min() > 0
+
+
+def test_the_profile_dims_light_and_leaves_labels_alone(monkeypatch):
+    block, seen = slices(1, planes=13), []
+    cells = TextureDiffusion(small(32, latent_size=8, axial_extent=0.5, axial_sigma=1.5)).eval()
+    noise = cells.draw(keys(1), 13)
+
+    def flat(sdf, brightness, latent):
+        seen.append(brightness)
+        return (sdf < 0).float()
+
+    monkeypatch.setattr(cells, "_texture", flat)
+    made = cells(block, noise)
+    assert torch.equal(made.sdf, block.sdf)
+    profile = axial_profile(block.mask, 0.5, 1.5)
+    assert torch.allclose(made.image, block.mask * profile[:, :, None, None])
+    held = block.mask.flatten(2).any(2)[0]
+    # a dim plane is asked for as one
+    assert torch.allclose(seen[0][: int(held.sum())], block.brightness[0] * profile[0, held])

@@ -18,7 +18,8 @@ from synthaug.datasets import transforms
 from synthaug.datasets.transforms import CellPool, RandSynthPopulation, RandSynthPopulationd
 from synthaug.errors import InputError
 from synthaug.randomness import SampleKey
-from tests.fakes import FakeCascade
+from synthaug.types import UNLABELLED
+from tests.fakes import FakeCascade, FakeCascade3D
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -194,6 +195,58 @@ def test_metadata_and_voxel_size() -> None:
         assert type(transform()(data)["image"]) is torch.Tensor
     finally:
         set_track_meta(True)
+
+
+def volume() -> dict[str, Any]:
+    image = np.full((1, 20, 22, 18), 100, np.float32)
+    label = np.zeros(image.shape, np.uint16)
+    label[:, 2:5, 3:9, 3:9], label[:, 12:17, 12:17, 10:15] = 7, 3
+    image[label > 0] += 40
+    affine = torch.diag(torch.tensor([3.0, 2, 2, 1]))
+    return {
+        "image": MetaTensor(image, affine=affine, meta={"file": "a.tif"}),
+        "label": MetaTensor(label.astype(np.int64)),
+    }
+
+
+def test_volumes(untouched_random_state: None) -> None:
+    cascade = FakeCascade3D(voxel_size_um=(2.0, 0.8, 0.75))
+    out = transform(cascade=cascade).set_random_state(0)(volume())
+    for key, dtype in (("image", torch.float32), ("label", torch.int32)):
+        assert isinstance(out[key], MetaTensor)
+        assert out[key].shape == (1, 20, 22, 18)
+        assert out[key].dtype == dtype
+        assert out[key].affine.diag().tolist() == [2.0, 0.8, 0.75, 1], "in the order of the tensor's axes"
+    assert out["image"].meta["file"] == "a.tif"
+    assert out["label"].unique().tolist() == list(range(int(out["label"].max()) + 1))
+    assert (out["image"][out["label"] > 0].mean() - out["image"][out["label"] == 0].mean()) > 20
+    data = volume()
+    out = transform(cascade=cascade, mode="paste", num_cells=6).set_random_state(1)(data)
+    assert out["image"].affine.diag().tolist() == [3, 2, 2, 1], "still the sample's own"
+    new, old = out["label"].numpy(), data["label"].numpy()
+    assert np.array_equal(new == 1, old == 3)
+    assert np.array_equal(new == 2, old == 7)
+    assert new.max() > 2
+    np.testing.assert_array_equal(out["image"].numpy()[new <= 2], data["image"].numpy()[new <= 2])
+    assert (out["image"].numpy()[new > 2] > 110).all()
+
+
+def test_planes_nobody_annotated() -> None:
+    data = volume()
+    data["label"][:, 8] = UNLABELLED
+    out = transform(cascade=FakeCascade3D())(data)
+    assert int(out["label"].min()) == 0, "a synthetic volume is labelled throughout"
+    assert torch.equal(transform(cascade=FakeCascade3D(), prob=0.0)(data)["label"].long(), data["label"])
+    with pytest.raises(InputError, match=r'planes nobody annotated.*mode="replace"'):
+        transform(cascade=FakeCascade3D(), mode="paste")(data)
+
+
+def test_frames_and_volumes_are_not_mixed_up() -> None:
+    with pytest.raises(InputError, match=r"\[1, Z, Y, X\] for a 3D cascade, got shape \(1, 40, 30\)"):
+        transform(cascade=FakeCascade3D())(sample())
+    with pytest.raises(InputError, match=r"\[1, Y, X\] for a 2D cascade, got shape \(1, 20, 22, 18\)"):
+        transform(mode="paste")(volume())
+    assert CellPool(FakeCascade3D(), 2, SampleKey(0)).take(0, SampleKey(1)).image.shape == (0, 8, 8, 8)
 
 
 def test_aliases() -> None:

@@ -36,7 +36,7 @@ def check(out: Path, format: str, num: int) -> None:
     """The reader gives back frames 0 ... num - 1."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*empty frame")
-        data = open_pairs(out, layout=format)
+        data = open_pairs(out, layout="folder" if format == "ome" else format)
         assert len(data) == num
         for i in range(num):
             image, labels = data.read(i)
@@ -143,6 +143,68 @@ def test_files_are_plain_deflate(tmp_path: Path) -> None:
             assert (page.compression, page.predictor) == (8, 1)
 
 
+# ------------------------------------------------------------------------------------------------------------- volumes
+
+
+def volume(index: int) -> tuple[np.ndarray, np.ndarray]:
+    """A float32 image [4, 24, 31] in whole counts and labels, whose cells reach through planes 1 and 2."""
+    image = np.stack([frame(4 * index + z)[0] for z in range(4)])
+    labels = np.zeros(image.shape, np.int32)
+    labels[1:3] = frame(1 + index)[1]
+    return image, labels
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_round_trip_of_volumes(tmp_path: Path, format: str, dtype: str) -> None:
+    write_pairs([volume(0)], tmp_path, format=format, dtype=dtype)
+    write_pairs([volume(1)], tmp_path, format=format, dtype=dtype, start=count_written(tmp_path, format))
+    data = open_pairs(tmp_path)
+    assert (len(data), data.ndim, data.voxel_size_um) == (2, 3, None)
+    for i in range(2):
+        np.testing.assert_array_equal(data.read(i)[0], volume(i)[0])
+        np.testing.assert_array_equal(data.read(i)[1], volume(i)[1])
+
+
+@pytest.mark.parametrize("voxel_size_um", [(1.75, 0.8, 0.4), (2.0, 0.1083, 0.1083), (0.29, 0.065, 0.065)])
+@pytest.mark.parametrize("format", FORMATS)
+def test_voxel_sizes_come_back(tmp_path: Path, format: str, voxel_size_um: tuple[float, float, float]) -> None:
+    for name, pair, expected in (
+        ("volume", volume(0), voxel_size_um),
+        ("frame", frame(0), (voxel_size_um[1], *voxel_size_um[1:])),  # Z has no meaning in 2D
+    ):
+        write_pairs([pair], tmp_path / name, format=format, voxel_size_um=voxel_size_um)
+        data = open_pairs(tmp_path / name)
+        assert data.voxel_size_um == pytest.approx(expected, rel=1e-4)
+        np.testing.assert_array_equal(data.read(0)[0], pair[0])
+        np.testing.assert_array_equal(data.read(0)[1], pair[1])
+
+
+def test_ome_tells_axes_and_sizes(tmp_path: Path) -> None:
+    write_pairs([volume(0)], tmp_path, format="ome", voxel_size_um=(1.75, 0.8, 0.4))
+    for path in (tmp_path / "images" / "000000.ome.tif", tmp_path / "labels" / "000000.ome.tif"):
+        with tifffile.TiffFile(path) as tiff:
+            assert tiff.is_ome
+            assert (tiff.series[0].axes, tiff.pages[0].compression) == ("ZYX", 8)
+            pixels = tifffile.xml2dict(tiff.ome_metadata)["OME"]["Image"]["Pixels"]
+        assert [pixels[f"PhysicalSize{axis}"] for axis in "ZYX"] == [1.75, 0.8, 0.4]
+        assert {pixels[f"PhysicalSize{axis}Unit"] for axis in "ZYX"} == {"\u00b5m"}
+        assert [pixels[f"Size{axis}"] for axis in "TCZYX"] == [1, 1, 4, 24, 31]
+
+
+def test_volumes_are_stacks_of_plain_pages(tmp_path: Path) -> None:
+    write_pairs([volume(0)], tmp_path)
+    with tifffile.TiffFile(tmp_path / "images" / "000000.tif") as tiff:
+        assert [page.shape for page in tiff.pages] == [SHAPE] * 4
+        assert (tiff.pages[0].description, tiff.pages[0].compression) == ("", 8)
+
+
+def test_frames_and_volumes_do_not_mix(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"pair 1: expected 3D as those before it, got shape \(24, 31\)"):
+        write_pairs([volume(0), frame(0)], tmp_path)
+    assert count_written(tmp_path) == 1
+
+
 # ---------------------------------------------------------------------------------------------- Cell Tracking Challenge
 
 
@@ -176,6 +238,20 @@ def test_ctc_tracks_are_valid_for_ctc_tools(tmp_path: Path) -> None:
     assert found["Valid"] == 1
     assert found["SEG"] == pytest.approx(1)
     assert found["TRA"] == pytest.approx(1)
+
+
+def test_ctc_tracks_of_volumes_are_valid_for_ctc_tools(tmp_path: Path) -> None:
+    from ctc_metrics.scripts.evaluate import evaluate_sequence
+
+    write_pairs([volume(0), volume(1)], tmp_path, format="ctc", voxel_size_um=(1.75, 0.8, 0.8))
+    assert len(check_tracks(tmp_path, "01", 2)) == 7
+    result = tmp_path / "01_RES"
+    result.mkdir()
+    for t in range(2):
+        (result / f"mask{t:03d}.tif").write_bytes((tmp_path / f"01_GT/TRA/man_track{t:03d}.tif").read_bytes())
+    (result / "res_track.txt").write_text((tmp_path / "01_GT/TRA/man_track.txt").read_text())
+    found = evaluate_sequence(str(result), str(tmp_path / "01_GT"), metrics=["Valid", "SEG", "TRA"], threads=1)
+    assert (found["Valid"], found["SEG"], found["TRA"]) == pytest.approx((1, 1, 1))
 
 
 def test_ctc_ids_that_are_not_contiguous(tmp_path: Path) -> None:
@@ -276,6 +352,9 @@ def test_normalised_images_are_noticed(tmp_path: Path) -> None:
         (np.full(SHAPE, np.nan), frame(0)[1], "pair 0, image: expected finite values"),
         (frame(0)[0][None], frame(0)[1], "pair 0, image: expected .*one channel"),
         (np.zeros((0, 4)), np.zeros((0, 4), int), "pair 0, image"),
+        (volume(0)[0][:1], volume(0)[1][:1], "pair 0, image: expected .*Z > 1"),
+        (np.zeros((2, 2, 5, 5)), np.zeros((2, 2, 5, 5), int), "pair 0, image"),
+        (volume(0)[0], frame(0)[1], "pair 0: expected image and labels of one shape"),
         (frame(0)[0], frame(0)[1].T, "pair 0: expected image and labels of one shape"),
         (frame(0)[0], frame(0)[1] + 65_535, "ids from 0 to 65535.*relabel_sequential"),
         (frame(0)[0], frame(0)[1] - 1, "ids from 0"),
@@ -289,7 +368,15 @@ def test_bad_pairs(tmp_path: Path, image: np.ndarray, labels: np.ndarray, messag
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:
-    for options in ({"format": "zarr"}, {"dtype": "int8"}, {"start": -1}, {"start": 1, "format": "ctc"}):
+    for options in (
+        {"format": "zarr"},
+        {"dtype": "int8"},
+        {"start": -1},
+        {"start": 1, "format": "ctc"},
+        {"voxel_size_um": (0.5, 0.5)},
+        {"voxel_size_um": (2.0, 0.0, 0.5)},
+        {"voxel_size_um": (np.nan, 0.5, 0.5)},
+    ):
         with pytest.raises(InputError, match="expected"):
             write_pairs(frames(1), tmp_path, **options)
     with pytest.raises(InputError, match="format"):

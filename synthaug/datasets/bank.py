@@ -46,6 +46,7 @@ class StreamStats:
         starved_batches: Batches whose cells were not ready when asked for: they waited, or made do with other cells.
         over_bound_uses: Uses beyond the stream's `max_reuse`; 0 unless `on_starve="reuse"`.
         wait_seconds: Time spent waiting for the producer.
+        bank_bytes: Memory of the cells in play, at its peak, of the process that held most.
         requested: Cells the frames asked for.
         placed: Cells that found a place.
         rejects: The cascade's own counts: masks drawn, and rejected by reason.
@@ -60,6 +61,7 @@ class StreamStats:
     starved_batches: int = 0
     over_bound_uses: int = 0
     wait_seconds: float = 0.0
+    bank_bytes: int = 0
     requested: int = 0
     placed: int = 0
     rejects: Counter = field(default_factory=Counter)
@@ -73,7 +75,7 @@ class StreamStats:
         """Take in what another part of the stream did."""
         for f in fields(self):
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
-            setattr(self, f.name, max(mine, theirs) if f.name == "max_reuse" else mine + theirs)
+            setattr(self, f.name, max(mine, theirs) if f.name in ("max_reuse", "bank_bytes") else mine + theirs)
 
 
 class Dealer:
@@ -282,6 +284,12 @@ class Bank:
         """Blocks held or on order."""
         return len(self._last)
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the cells held."""
+        tensors = (t for cells in self._cells.values() for t in (cells.image, cells.sdf))
+        return sum(t.numel() * t.element_size() for t in tensors)
+
     def order(self, frames: Sequence[Frame]) -> None:
         """Have the producer make what the frames need, in that order."""
         for frame in frames:
@@ -340,6 +348,7 @@ class Bank:
             self.stats.fresh_cells += len(cells)
             self.stats.rejects += rejects
             self._cells[block], self._uses[block] = cells, np.zeros(len(cells), np.int64)
+            self.stats.bank_bytes = max(self.stats.bank_bytes, self.num_bytes)
         return self._cells[block]
 
     def _stand_in(self, dealt: Sequence[tuple[Block, int]]) -> list[tuple[Block, int]]:
@@ -363,7 +372,8 @@ def make_block(cascade: Any, keys: Sequence[SampleKey]) -> tuple[Cells, Counter]
     return cells, Counter(cascade.rejects) - before
 
 
-def no_cells(crop_size: int, device: torch.device | str) -> Cells:
-    """Cells of an empty frame."""
-    crop, row = torch.zeros(0, 1, crop_size, crop_size, device=device), torch.zeros(0, device=device)
+def no_cells(cascade: Any) -> Cells:
+    """Cells of an empty frame of that cascade."""
+    side, device = cascade.crop_size, cascade.device
+    crop, row = torch.zeros(0, cascade.num_slices, side, side, device=device), torch.zeros(0, device=device)
     return Cells(image=crop, sdf=crop.clone(), brightness=row, scale=row.clone())

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ class CropSet:
         radius: float32 [N]; radius of the enclosing circle in image pixels.
         scale: float32 [N], >= 1; image pixels per crop pixel.
         frame: int64 [N]; index of the frame the cell comes from.
+        label: int64 [N]; its id there.
         profile: float32 [2 * HALO + 1]; median light at distances -HALO .. HALO from the outline (the border's blur).
         min_area: smallest instance taken, pixels.
         counts: how many instances were kept, and why others were not.
@@ -53,6 +55,7 @@ class CropSet:
     radius: Tensor
     scale: Tensor
     frame: Tensor
+    label: Tensor
     profile: Tensor
     min_area: int = 20
     counts: Counter[str] = field(default_factory=Counter)
@@ -60,7 +63,7 @@ class CropSet:
     def __len__(self) -> int:
         return len(self.image)
 
-    def select(self, index: Tensor) -> CropSet:
+    def select(self, index: Tensor) -> Self:
         """The crops at `index`; profile, min_area and counts stay those of the whole set."""
         own = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name not in SHARED_FIELDS}
         return replace(self, **own)
@@ -86,6 +89,7 @@ def extract_crops(
     *,
     crop_size: int | None = None,
     min_area: int | None = None,
+    references: Sequence[float] | None = None,
 ) -> CropSet:
     """Cut every whole cell out of its frame.
 
@@ -93,6 +97,7 @@ def extract_crops(
         pairs: (image [Y, X] float32 in camera counts, labels [Y, X] int32 contiguous from 1).
         crop_size: Pixels; default: chosen from the sizes of the cells (32 to 128).
         min_area: Smaller instances are specks: dropped and counted. Default: 2 % of the median area, at least 20 px.
+        references: Contrast, in counts, of each frame that brightness is relative to. Default: its cells' median.
 
     Returns:
         The crops, in the order of frames and labels.
@@ -113,7 +118,7 @@ def extract_crops(
         counts["speck"] += int((~large & (areas > 0)).sum())
         if not large.any():
             continue
-        median = float(np.median(contrast[large]))
+        median = float(np.median(contrast[large])) if references is None else references[index]
         for label, box in enumerate(ndimage.find_objects(labels), start=1):
             if box is None or not large[label - 1]:
                 continue
@@ -161,6 +166,7 @@ def extract_crops(
         radius=torch.from_numpy(radii),
         scale=torch.tensor(scales, dtype=torch.float32),
         frame=torch.tensor([f[0] for f in found]),
+        label=torch.tensor([f[1] for f in found]),
         profile=profile,
         min_area=min_area,
         counts=counts,

@@ -1,7 +1,11 @@
 """Where image + label pairs lie: folder pairs, Cellpose, StarDist and the Cell Tracking Challenge.
 
+All of them hold 2D frames or 3D stacks. Of a stack single planes may be annotated, each in a 2D file whose name ends in the
+number of the plane, counted from 0.
+
 Sources: `cellpose/io.py` for the suffixes `_masks`, `_cp_masks`, `_img`; the naming conventions of the Cell Tracking
-Challenge (celltrackingchallenge.net) for `t000.tif`, `man_seg000.tif`, silver (`_ST`) and gold (`_GT`) truth.
+Challenge (celltrackingchallenge.net) for `t000.tif`, `man_seg000.tif`, `man_seg_000_012.tif` (plane 12 of time
+point 0), silver (`_ST`) and gold (`_GT`) truth.
 """
 
 from __future__ import annotations
@@ -23,10 +27,11 @@ CELLPOSE_EXTRAS = ("_flows", "_flows_0", "_flows_1", "_flows_2", "_cp_output", "
 IMAGE_FOLDERS, LABEL_FOLDERS, MASK_FOLDERS = ("images", "image"), ("labels", "label"), ("masks", "mask")
 
 LAYOUTS = {
-    "folder": "images/ + labels/ or masks/ with the same file names",
+    "folder": "images/ + labels/ or masks/ with the same file names (labels/NAME_z012.tif: plane 12 of a stack)",
     "stardist": "images/ + masks/ with the same file names",
     "cellpose": "x.tif|png + x_masks.tif|png in one folder",
-    "ctc": "01/t000.tif + 01_ST/SEG/man_seg000.tif or 01_GT/SEG/man_seg000.tif (Cell Tracking Challenge)",
+    "ctc": "01/t000.tif + 01_ST/SEG/man_seg000.tif or 01_GT/SEG/man_seg000.tif or, of single planes of stacks, "
+    "01_GT/SEG/man_seg_000_012.tif (Cell Tracking Challenge)",
 }
 
 SEG_NPY_REMEDY = (
@@ -36,10 +41,8 @@ SEG_NPY_REMEDY = (
     "x.tif is then found."
 )
 
-NO_3D_REMEDY = (
-    "This reader takes 2D frames; 3D volumes and time stacks are not supported by it yet. "
-    "Save single slices or a projection, one 2D file a frame."
-)
+PLANE_NAME = re.compile(r"(.+)_z(\d+)")
+"""Stem of a file that annotates one plane of a stack."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,18 @@ class Pair:
     Attributes:
         name: Unique in its data set, fit for a file name.
         image: Intensities.
-        label: Instance ids.
+        label: Instance ids; of single planes the first file.
         markers: One marker for each cell of the frame (Cell Tracking Challenge `TRA`), if labels may be incomplete.
+        slices: Planes, counted from 0, and their 2D files where only single planes of a stack are annotated.
+        shared_ids: One id in several of these planes is one cell.
     """
 
     name: str
     image: Path
     label: Path
     markers: Path | None = None
+    slices: tuple[tuple[int, Path], ...] = ()
+    shared_ids: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,18 @@ def _files(folder: Path, remarks: list[Remark]) -> dict[str, Path]:
 
 def _join(images: dict[str, Path], labels: dict[str, Path], remarks: list[Remark]) -> list[Pair]:
     """The files that have a partner; the others become remarks, or an error if no file has one."""
-    pairs = [Pair(name, path, labels[name]) for name, path in images.items() if name in labels]
+    planes: dict[str, dict[int, Path]] = {}
+    for name, path in labels.items():
+        if name not in images and (match := PLANE_NAME.fullmatch(name)) and match[1] in images:
+            planes.setdefault(match[1], {}).setdefault(int(match[2]), path)
+    pairs = []
+    for name, path in images.items():
+        if name in labels:
+            pairs.append(Pair(name, path, labels[name]))
+        elif name in planes:
+            slices = tuple(sorted(planes[name].items()))
+            pairs.append(Pair(name, path, slices[0][1], slices=slices))
+    read = {p.label for p in pairs} | {path for p in pairs for _, path in p.slices}
     if images and labels and not pairs:
         image, label = next(iter(images.values())), next(iter(labels.values()))
         raise DataError(
@@ -94,9 +112,10 @@ def _join(images: dict[str, Path], labels: dict[str, Path], remarks: list[Remark
             got=f"{len(images)} images and {len(labels)} label files without one name in common, such as {label}",
             remedy="Rename the label files after their images (the suffix .tif or .png may differ).",
         )
-    for kind, ours, theirs in (("image without labels", images, labels), ("labels without image", labels, images)):
-        for name, path in ours.items():
-            if name not in theirs:
+    read |= {p.image for p in pairs}
+    for kind, paths in (("image without labels", images), ("labels without image", labels)):
+        for path in paths.values():
+            if path not in read:
                 remarks.append(Remark(kind, path, "left out. Add its partner under the same name, or remove it."))
     return pairs
 
@@ -138,7 +157,7 @@ def _find_cellpose(root: Path, remarks: list[Remark]) -> list[Pair]:
         base = stem.removesuffix("_masks")
         # x_cp_masks is what Cellpose writes, x_masks what it trains on; x_img is how its own data set names images.
         names = [base, f"{base}_img", base.removesuffix("_cp"), f"{base.removesuffix('_cp')}_img"]
-        name = next((n for n in names if n in images), base)
+        name = next((n for n in names if n in images), base.removesuffix("_cp"))
         if (first := labels.setdefault(name, path)) is not path:
             # Sorted, _cp_masks (predicted) comes before _masks (what a person trains on): the latter wins.
             labels[name] = path
@@ -160,29 +179,40 @@ def _numbered(folder: Path, pattern: str) -> dict[int, Path]:
     return {int(match[1]): path for match, path in matches if match}
 
 
+def _numbered_planes(folder: Path) -> dict[int, dict[int, Path]]:
+    """The files man_seg_000_012.tif of a folder by time point and plane."""
+    planes: dict[int, dict[int, Path]] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if match := re.fullmatch(r"man_seg_(\d+)_(\d+)\.tif", path.name):
+            planes.setdefault(int(match[1]), {})[int(match[2])] = path
+    return planes
+
+
 def _find_ctc(root: Path, remarks: list[Remark]) -> list[Pair]:
     alone = re.fullmatch(r"\d{2,3}", root.name) and _numbered(root, r"t(\d+)\.tif")
     inside = sorted(p for p in root.iterdir() if p.is_dir() and re.fullmatch(r"\d{2,3}", p.name))
     pairs: list[Pair] = []
     for sequence in [root] if alone else inside:
         silver, gold = (sequence.parent / f"{sequence.name}_{kind}" / "SEG" for kind in ("ST", "GT"))
-        for folder in (silver, gold):
-            if folder.is_dir() and (slices := sorted(folder.glob("man_seg_*_*.tif"))):
-                text = "labels of single slices of a 3D volume"
-                raise DataError(str(slices[0]), expected="labels of 2D frames", got=text, remedy=NO_3D_REMEDY)
         frames = _numbered(sequence, r"t(\d+)\.tif")
         golden = _numbered(gold, r"man_seg(\d+)\.tif")
         labels = {**golden, **_numbered(silver, r"man_seg(\d+)\.tif")}
+        # Labels of a whole stack tell more than single planes, whoever made them.
+        planes = {n: p for n, p in {**_numbered_planes(gold), **_numbered_planes(silver)}.items() if n not in labels}
         markers = _numbered(gold.parent / "TRA", r"man_track(\d+)\.tif")
-        for number in sorted(labels.keys() & frames.keys()):
-            label = labels[number]
+        for number in sorted((labels.keys() | planes.keys()) & frames.keys()):
+            slices = tuple(sorted(planes.get(number, {}).items()))
+            label = slices[0][1] if slices else labels[number]
             # Gold truth often labels some cells of a frame only; the tracking markers know how many there are.
-            known = markers.get(number) if label == golden.get(number) else None
-            pairs.append(Pair(f"{sequence.name}_{frames[number].stem}", frames[number], label, known))
-        for number in sorted(labels.keys() - frames.keys()):
-            text = f"left out. Add {sequence.name}/{labels[number].stem.replace('man_seg', 't')}.tif, or remove it."
-            remarks.append(Remark("labels without image", labels[number], text))
-        for number in sorted(frames.keys() - labels.keys()):
+            known = markers.get(number) if label.parent == gold else None
+            name = f"{sequence.name}_{frames[number].stem}"
+            pairs.append(Pair(name, frames[number], label, known, slices, shared_ids=bool(slices)))
+        for number in sorted((labels.keys() | planes.keys()) - frames.keys()):
+            label = labels.get(number) or min(planes[number].items())[1]
+            digits = label.stem.removeprefix("man_seg").strip("_").split("_")[0]
+            text = f"left out. Add {sequence.name}/t{digits}.tif, or remove it."
+            remarks.append(Remark("labels without image", label, text))
+        for number in sorted(frames.keys() - labels.keys() - planes.keys()):
             text = f"left out. To use it, add man_seg{frames[number].stem[1:]}.tif to {silver.parent.name}/SEG."
             remarks.append(Remark("image without labels", frames[number], text))
     return pairs

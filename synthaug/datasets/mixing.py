@@ -13,10 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from skimage import measure
 from torch import Tensor
 
 from synthaug.errors import InputError
 from synthaug.randomness import SampleKey
+from synthaug.types import UNLABELLED
+
+MIN_SHARE = 0.5
+"""A volume that fills at least so much of the stream's size along each axis is continued by its mirror image."""
 
 
 def exact_ratio(ratio: float | Fraction) -> Fraction:
@@ -153,6 +159,10 @@ def check_real(real: Any, ratio: Fraction) -> int:
 def read_real(real: Any, index: int, size: Sequence[int], key: SampleKey) -> tuple[Tensor, Tensor]:
     """One real sample, cut to size at a place that `key` decides.
 
+    Planes of a volume that nobody annotated stay `UNLABELLED` throughout; the cut holds at least one that is annotated.
+    A volume that is somewhat short along an axis is continued by its mirror image, as stacks of one experiment differ by
+    a few voxels; a mirrored cell gets a label of its own unless it touches its original.
+
     Args:
         real: Map-style; items are dicts with `image` and `label`, or pairs, of arrays or tensors [(Z,) Y, X] or
             [1, (Z,) Y, X].
@@ -160,7 +170,7 @@ def read_real(real: Any, index: int, size: Sequence[int], key: SampleKey) -> tup
         size: ((Z,) Y, X) in pixels.
 
     Returns:
-        image float32 [1, *size] and label int32 [1, *size], contiguous from 1.
+        image float32 [1, *size] and label int32 [1, *size], contiguous from 1, 0 = background.
     """
     name = f"real[{index}]"
     try:
@@ -178,18 +188,14 @@ def read_real(real: Any, index: int, size: Sequence[int], key: SampleKey) -> tup
     if image.dtype.kind not in "fiu":
         raise InputError(f"{name} image", expected="grey values", got=str(image.dtype))
     image = _spatial(image, len(size), f"{name} image")
-    label = _spatial(check_labels(label, f"{name} label"), len(size), f"{name} label")
+    label = check_labels(_spatial(label, len(size), f"{name} label"), f"{name} label")
     if image.shape != label.shape:
         raise InputError(name, expected="image and label of one shape", got=f"{image.shape} and {label.shape}")
     if any(have < want for have, want in zip(image.shape, size)):
-        raise InputError(
-            name,
-            expected=f"at least {tuple(size)} pixels, the stream's size",
-            got=str(image.shape),
-            remedy="Choose a smaller size, pad the real images, or leave out the small ones.",
-        )
+        image, label = _continue_to(image, label, size, name)
     rng = key.numpy()
-    corner = [int(rng.integers(have - want + 1)) for have, want in zip(image.shape, size)]
+    places = [_corners(label, axis, want, name) for axis, want in enumerate(size)]
+    corner = [int(corners[rng.integers(len(corners))]) for corners in places]
     window = tuple(slice(start, start + want) for start, want in zip(corner, size))
     return (
         torch.from_numpy(np.array(image[window], dtype=np.float32))[None],
@@ -197,15 +203,45 @@ def read_real(real: Any, index: int, size: Sequence[int], key: SampleKey) -> tup
     )
 
 
-def relabel(label: np.ndarray) -> np.ndarray:
-    """int32, contiguous from 1 in the order of the old numbers, background 0. A cell cut by the border keeps a label.
+def _corners(label: NDArray[Any], axis: int, want: int, name: str) -> NDArray[np.int64]:
+    """Where along an axis a window of `want` pixels may begin: along z only so that it holds an annotated plane."""
+    corners = np.arange(label.shape[axis] - want + 1)
+    if axis or label.ndim == 2:
+        return corners
+    before = np.concatenate([[0], np.cumsum(label[:, 0, 0] != UNLABELLED)])
+    if not before[-1]:
+        raise InputError(f"{name} label", expected="at least one annotated plane", got=f"{UNLABELLED} everywhere")
+    return corners[before[corners + want] > before[corners]]
 
-    >>> relabel(np.array([0, 7, 3, 7])).tolist()
-    [0, 2, 1, 2]
+
+def _continue_to(
+    image: NDArray[Any], label: NDArray[Any], size: Sequence[int], name: str
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """A volume of at least `size`, mirrored at its sides where it is short of it."""
+    if image.ndim == 2 or any(have < MIN_SHARE * want for have, want in zip(image.shape, size)):
+        raise InputError(
+            name,
+            expected=f"at least {tuple(size)} pixels, the stream's size",
+            got=str(image.shape),
+            remedy="Choose a smaller size, pad the real images, or leave out the small ones.",
+        )
+    missing = [max(want - have, 0) for have, want in zip(image.shape, size)]
+    pad = [(n // 2, n - n // 2) for n in missing]
+    mirrored = np.pad(label, pad, mode="reflect").astype(np.int64)
+    # A number that now stands in several places is several cells: the cell and its images.
+    parts = measure.label(np.maximum(mirrored, 0), connectivity=3)
+    return np.pad(image, pad, mode="reflect"), np.where(mirrored == UNLABELLED, UNLABELLED, parts)
+
+
+def relabel(label: NDArray[Any]) -> NDArray[np.int32]:
+    """int32, contiguous from 1 in the order of the old numbers; 0 and `UNLABELLED` stay. A cut cell keeps a label.
+
+    >>> relabel(np.array([0, 7, 3, 7, -1])).tolist()
+    [0, 2, 1, 2, -1]
     """
     values, inverse = np.unique(label, return_inverse=True)
-    offset = 0 if len(values) and values[0] == 0 else 1
-    return (inverse.reshape(label.shape) + offset).astype(np.int32)
+    numbers = np.where(values > 0, np.cumsum(values > 0), values.astype(np.int64))
+    return numbers[inverse.reshape(label.shape)].astype(np.int32)
 
 
 def _array(value: Any, what: str) -> np.ndarray:
@@ -219,8 +255,8 @@ def _array(value: Any, what: str) -> np.ndarray:
     return array
 
 
-def check_labels(label: np.ndarray, what: str) -> np.ndarray:
-    """The label, if it is one of instances; `what` names it in the error."""
+def check_labels(label: NDArray[Any], what: str) -> NDArray[Any]:
+    """The label [(Z,) Y, X], if it is one of instances; `what` names it in the error."""
     if label.dtype.kind not in "iu":
         raise InputError(
             what,
@@ -229,7 +265,16 @@ def check_labels(label: np.ndarray, what: str) -> np.ndarray:
             remedy="A boolean or float mask merges touching cells; number its cells with skimage.measure.label first.",
         )
     if label.dtype.kind == "i" and label.size and label.min() < 0:
-        raise InputError(what, expected="labels >= 0", got=f"down to {label.min()}")
+        if label.ndim != 3 or label.min() < UNLABELLED:
+            raise InputError(what, expected="labels >= 0", got=f"down to {label.min()}")
+        missing = label == UNLABELLED
+        if (missing.any((1, 2)) != missing.all((1, 2))).any():
+            raise InputError(
+                what,
+                expected=f"{UNLABELLED}, for not annotated, in whole planes only",
+                got=f"planes with {UNLABELLED} in a part",
+                remedy="Leave out planes that are annotated in part.",
+            )
     return label
 
 

@@ -15,20 +15,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from synthaug.datasets.decoding import contiguous, drop_small, read_image, read_labels, read_plane
+from synthaug.datasets.decoding import (
+    contiguous,
+    drop_small,
+    read_array,
+    read_image,
+    read_labels,
+    read_slices,
+    voxel_size_um,
+)
 from synthaug.datasets.layouts import FINDERS, LAYOUTS, SEG_NPY_REMEDY, Pair, Remark, nothing_found
 from synthaug.errors import DataError, InputError
+from synthaug.types import UNLABELLED
 
 
 class PairDataset(Dataset[dict[str, Tensor]]):
-    """Map-style data set of 2D image + instance-label pairs, each read when it is asked for.
+    """Map-style data set of 2D or 3D image + instance-label pairs, each read when it is asked for.
 
     It pickles and survives a fork: no file stays open, and what is cached is left behind.
 
     Args:
         pairs: Where the pairs lie.
         remarks: What was found while looking for them.
-        min_area: Instances of fewer pixels are dropped and counted.
+        min_area: Instances of fewer pixels (voxels in a volume) are dropped and counted.
         cache_pairs: How many decoded pairs to keep in memory (8 bytes a pixel), least recently used out first.
 
     Attributes:
@@ -47,6 +56,9 @@ class PairDataset(Dataset[dict[str, Tensor]]):
         self.warnings: Counter[str] = Counter()
         self._remarked: set[tuple[str, Path]] = set()
         self._checked: set[Path] = set()  # a check that passed once is not worth a second in every epoch
+        self._ndim: tuple[int, Path] | None = None
+        self._voxel_size: tuple[float, float, float] | None = None
+        self._voxel_size_known = False
         self._cache: OrderedDict[int, tuple[NDArray[np.float32], NDArray[np.int32]]] = OrderedDict()
         for remark in remarks:
             self._remark(remark)
@@ -58,11 +70,30 @@ class PairDataset(Dataset[dict[str, Tensor]]):
         """What pair `index` is called: the stem of its file, or `01_t000` in the Cell Tracking Challenge layout."""
         return self.pairs[index].name
 
+    @property
+    def ndim(self) -> int:
+        """2 for frames, 3 for volumes. All pairs are of one kind: those of the other raise when they are read."""
+        if self._ndim is None:
+            self.read(0)
+        assert self._ndim is not None
+        return self._ndim[0]
+
+    @property
+    def voxel_size_um(self) -> tuple[float, float, float] | None:
+        """(Z, Y, X) in micrometres as the first image's OME or ImageJ metadata tell; None if they do not.
+
+        In 2D, Z has no meaning. Where another image says otherwise a warning says so when it is read.
+        """
+        if not self._voxel_size_known and self.pairs:
+            self._voxel_size, self._voxel_size_known = voxel_size_um(self.pairs[0].image), True
+        return self._voxel_size
+
     def read(self, index: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """One pair.
 
         Returns:
-            image float32 [Y, X], camera counts as stored, and labels int32 [Y, X], contiguous from 1, background 0.
+            image float32 [Y, X] or [Z, Y, X], camera counts as stored, and labels int32 of that shape, contiguous from 1,
+            background 0; in volumes of which single planes are annotated, `synthaug.types.UNLABELLED` in all others.
 
         Raises:
             DataError: The files cannot be used; it names the file and what to do.
@@ -88,7 +119,7 @@ class PairDataset(Dataset[dict[str, Tensor]]):
         return [self.read(i) for i in range(len(self))]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One pair as `{"image": float32 [1, Y, X], "label": int32 [1, Y, X]}`, see `read`."""
+        """One pair as `{"image": float32 [1, (Z,) Y, X], "label": int32 [1, (Z,) Y, X]}`, see `read`."""
         image, label = self.read(index)
         return {"image": torch.from_numpy(image)[None], "label": torch.from_numpy(label)[None]}
 
@@ -98,24 +129,58 @@ class PairDataset(Dataset[dict[str, Tensor]]):
     def _decode(self, pair: Pair) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         image = read_image(pair.image, self._remark)
         first_time = pair.label not in self._checked
-        labels = read_labels(pair.label, self._remark, check_instances=first_time)
+        if pair.slices:
+            labels = read_slices(
+                pair.slices, image.shape, self._remark, shared_ids=pair.shared_ids, check_instances=first_time
+            )
+        else:
+            labels = read_labels(pair.label, self._remark, check_instances=first_time)
         if image.shape != labels.shape:
+            remedy = "Export both at one size and without transposing; check that the names pair the right files."
+            if (image.ndim, labels.ndim) == (3, 2):
+                name = pair.label.stem.removesuffix("_masks")
+                remedy = f"Labels of one plane of a stack are named after it, counted from 0: {name}_z012 of plane 12."
             raise DataError(
                 str(pair.label),
                 expected=f"the shape of its image {pair.image.name}, {image.shape}",
                 got=labels.shape,
-                remedy="Export both at one size and without transposing; check that the names pair the right files.",
+                remedy=remedy,
             )
+        self._compare(pair.image, image.ndim, first_time)
         if pair.markers is not None and first_time:
-            num_cells, num_labelled = int(contiguous(read_plane(pair.markers, self._remark)).max()), int(labels.max())
-            if num_labelled < num_cells:
-                text = (
-                    f"{num_labelled} of {num_cells} cells are labelled, the others would pass for background. "
-                    "Use the silver truth (NN_ST), or leave such frames out."
-                )
-                self._remark(Remark("gold frame only partly annotated", pair.label, text))
+            self._compare_markers(pair, pair.markers, labels)
         self._checked.add(pair.label)
         return image, drop_small(pair.label, labels, self.min_area, self._remark)
+
+    def _compare(self, path: Path, ndim: int, first_time: bool) -> None:
+        """One data set is of frames or of volumes, and of one voxel size."""
+        self._ndim = self._ndim or (ndim, path)
+        if ndim != self._ndim[0]:
+            raise DataError(
+                str(path),
+                expected=f"{self._ndim[0]}D as {self._ndim[1]}",
+                got=f"{ndim}D",
+                remedy="Keep frames and volumes in folders of their own.",
+            )
+        known = self.voxel_size_um
+        if known and first_time and (own := voxel_size_um(path)) and not np.allclose(own, known, rtol=0.01):
+            text = f"{own} um, where {self.pairs[0].image.name} says {known}. Resample it, or keep it in a folder of its own."
+            self._remark(Remark("another voxel size", path, text))
+
+    def _compare_markers(self, pair: Pair, markers: Path, labels: NDArray[np.int32]) -> None:
+        """Say so where there are more markers than labelled cells."""
+        stored = read_array(markers, self._remark)
+        if pair.slices and stored.shape == labels.shape:  # a marker may lie beside the plane: only those in it count
+            stored = np.where(labels == UNLABELLED, 0, stored)
+        elif pair.slices:
+            return
+        num_cells, num_labelled = int(contiguous(stored).max()), int(labels.max())
+        if num_labelled < num_cells:
+            text = (
+                f"{num_labelled} of {num_cells} cells are labelled, the others would pass for background. "
+                "Use the silver truth (NN_ST), or leave such frames out."
+            )
+            self._remark(Remark("gold frame only partly annotated", pair.label, text))
 
     def _remark(self, remark: Remark) -> None:
         if (remark.kind, remark.path) in self._remarked:
@@ -130,13 +195,18 @@ class PairDataset(Dataset[dict[str, Tensor]]):
 def open_pairs(path: str | Path, *, layout: str = "auto", min_area: int = 0, cache_pairs: int = 0) -> PairDataset:
     """Find the image + label pairs under a folder.
 
+    Images are 2D frames or stacks along z, labels of the same shape. Of a stack single planes may be annotated, in 2D files
+    named after the plane, counted from 0: any number of `labels/NAME_z012.tif` beside `images/NAME.tif`, of
+    `NAME_z012_masks.tif` in the Cellpose layout, or of `man_seg_000_012.tif` in that of the Cell Tracking Challenge. A plane
+    without a cell in a labelled stack is background.
+
     The first pair is read at once, so that a folder of unusable files fails here and not in the middle of a training.
 
     Args:
         path: The folder; for the Cell Tracking Challenge its root or one sequence (`.../01`).
         layout: "auto", or one of `LAYOUTS`: "folder" (`images/` + `labels/` or `masks/`), "stardist" (`images/` +
             `masks/`), "cellpose" (`x.tif` + `x_masks.tif`), "ctc" (silver truth first, gold where silver is missing).
-        min_area: Instances of fewer pixels are dropped and counted.
+        min_area: Instances of fewer pixels (voxels in a volume) are dropped and counted.
         cache_pairs: How many decoded pairs to keep in memory; 0 reads from disk every time.
 
     Raises:

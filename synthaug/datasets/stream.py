@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -22,6 +23,16 @@ from synthaug.randomness import SampleKey
 STREAM_VERSION = 1
 """Raised whenever the same config gives other batches than before."""
 
+DEFAULT_SIZES = {2: (256, 256), 3: (32, 128, 128)}
+"""Size of the samples by number of axes, in pixels."""
+
+SAME_VOXEL_SIZE = 0.01
+"""Relative difference of voxel sizes up to which a cascade serves as it is."""
+
+ODD_VOXEL_SIZE = 0.15
+"""Relative difference of voxel sizes beyond which mixing real and synthetic samples is likely a mistake; stacks of one
+experiment may well differ by a tenth in their z step."""
+
 
 @dataclass(frozen=True)
 class StreamConfig:
@@ -39,6 +50,7 @@ class StreamConfig:
     num_lanes: int
     num_shards: int
     on_starve: str
+    voxel_size_um: tuple[float, float, float] | None = None
 
     def __post_init__(self) -> None:
         size = self.size
@@ -54,11 +66,18 @@ class StreamConfig:
         check_population(self.num_cells, self.density, self.clustering, self.background)
         if self.on_starve not in ("wait", "reuse"):
             raise InputError("on_starve", expected='"wait" or "reuse"', got=repr(self.on_starve))
+        voxel = self.voxel_size_um
+        if voxel is not None:
+            if not isinstance(voxel, tuple) or len(voxel) != 3 or not all(_is_length(v) for v in voxel):
+                raise InputError("voxel_size_um", expected="(Z, Y, X) > 0 in micrometres, or None", got=repr(voxel))
+            object.__setattr__(self, "voxel_size_um", tuple(float(v) for v in voxel))
 
     def describe(self) -> dict[str, Any]:
         """What decides the bits, as plain JSON values. `on_starve` does not: "reuse" departs only where it has to."""
         values = dataclasses.asdict(self) | {"synthetic_ratio": str(self.synthetic_ratio), "stream": STREAM_VERSION}
         del values["on_starve"]
+        if self.voxel_size_um is None:  # states saved before there was a choice stay valid
+            del values["voxel_size_um"]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
@@ -72,6 +91,7 @@ class Stream:
         transform: Applied to every sample, or None.
         num_real: Its length.
         slots: The slots of each batch that this rank makes.
+        as_meta_tensor: Whether samples and batches are MONAI's MetaTensors.
     """
 
     def __init__(
@@ -82,8 +102,10 @@ class Stream:
         transform: Callable[[dict[str, Any]], Mapping[str, Any]] | None,
         num_real: int,
         slots: range,
+        as_meta_tensor: bool = False,
     ) -> None:
         self.config, self.cascade, self.real, self.transform, self.slots = config, cascade, real, transform, slots
+        self.as_meta_tensor = as_meta_tensor
         self.mix = Mix(config.batch_size, config.synthetic_ratio, config.seed, num_real)
         self._wishes = {"num_cells": config.num_cells, "density": config.density}
         self.plan = Plan(
@@ -138,23 +160,27 @@ class Stream:
             else:
                 image, label = read_real(self.real, real[slot], self.config.size, key.child("crop"))
                 what = f"real[{real[slot]}], sample {slot} of batch {batch}"
-            samples.append(self._transform({"image": image, "label": label}, key, what))
+            sample = {"image": image, "label": label}
+            if self.as_meta_tensor:
+                sample = _transforms().with_affine(sample, self.cascade.voxel_size_um)
+            samples.append(self._transform(sample, key, what))
         stats.synthetic, stats.real = len(frames), len(self.slots) - len(frames)
         stats.starved_batches = int(starved)
         self.bank.retire(batch, batch % self.config.num_lanes)
-        made = collate(samples)
+        made = collate(samples, self.as_meta_tensor)
         made["synthetic"] = torch.tensor([slot in synthetic for slot in self.slots])
         return made, stats
 
     def _synthesize(self, frame: Frame, stats: StreamStats) -> tuple[Tensor, Tensor, bool]:
         cells, late = self.bank.take(frame)
-        num = len(cells) if cells is not None else 0
+        if cells is None:
+            cells = no_cells(self.cascade)
         # One frame a call: whatever the batch sizes of ranks and workers, no frame's bits can depend on its neighbours.
         population = self.cascade.populate(
-            cells if cells is not None else no_cells(self.cascade.crop_size, self.cascade.device),
+            cells,
             [frame.key],
             self.config.size,
-            picks=[torch.arange(num, device=self.cascade.device)],
+            picks=[torch.arange(len(cells), device=self.cascade.device)],
             clustering=self.config.clustering,
             background=self.config.background,
             **self._wishes,
@@ -184,8 +210,13 @@ class Stream:
         return sample
 
 
-def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Samples as one batch of plain tensors; keys beside image and label that a transform adds come along."""
+def collate(samples: Sequence[Mapping[str, Any]], as_meta_tensor: bool = False) -> dict[str, Any]:
+    """Samples as one batch of tensors; keys beside image and label that a transform adds come along.
+
+    Args:
+        samples: Dicts with the same keys.
+        as_meta_tensor: MetaTensors stay what they are; otherwise every tensor is a plain one.
+    """
     batch: dict[str, Any] = {}
     for key in samples[0]:
         try:
@@ -194,7 +225,8 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             if key in ("image", "label"):
                 raise
             continue  # text and other luggage of a transform
-        parts = [part.as_subclass(Tensor) for part in parts]  # MetaTensors
+        if not as_meta_tensor:
+            parts = [part.as_subclass(Tensor) for part in parts]
         if len({part.shape for part in parts}) > 1:
             shapes = sorted({tuple(part.shape) for part in parts})
             raise InputError(
@@ -205,8 +237,58 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             )
         if len({part.dtype for part in parts}) > 1:
             raise InputError(f"transform, key {key!r}", expected="one dtype", got={str(part.dtype) for part in parts})
-        batch[key] = torch.stack(parts)
+        batch[key] = _transforms().stack(parts) if as_meta_tensor else torch.stack(parts)
     return batch
+
+
+def _transforms() -> Any:
+    """The module that knows MONAI, which takes seconds to import and is needed for MetaTensors only."""
+    from synthaug.datasets import transforms
+
+    return transforms
+
+
+def fitting_cascade(cascade: Any, config: StreamConfig) -> Any:
+    """The cascade, brought to the stream's voxel size where another one is asked for.
+
+    Raises:
+        InputError: It makes frames and the stream is one of volumes or the other way round, or it cannot serve that
+            voxel size.
+    """
+    if cascade.ndim != len(config.size):
+        raise InputError(
+            "size",
+            expected="(Y, X) for a 2D cascade" if cascade.ndim == 2 else "(Z, Y, X) for a 3D cascade",
+            got=config.size,
+            remedy=f"Pass a size such as {DEFAULT_SIZES[cascade.ndim]}, or a {len(config.size)}D cascade: frames and "
+            "volumes are made by cascades fitted to frames and volumes.",
+        )
+    wanted, own = config.voxel_size_um, cascade.voxel_size_um
+    if wanted is None:
+        return cascade
+    if own is None:
+        raise InputError(
+            "voxel_size_um",
+            expected="None, as this cascade does not know its own",
+            got=wanted,
+            remedy="Fit the cascade with its voxel size.",
+        )
+    return cascade if _differ(wanted, own, cascade.ndim) <= SAME_VOXEL_SIZE else cascade.at_voxel_size(wanted)
+
+
+def warn_of_voxel_size(real: Any, synthetic: Any, ndim: int) -> None:
+    """Warn if real and synthetic samples have clearly different voxel sizes, as far as both are known."""
+    if real is not None and synthetic is not None and _differ(real, synthetic, ndim) > ODD_VOXEL_SIZE:
+        warnings.warn(
+            f"the real samples have voxels of {tuple(real)} um (Z, Y, X), the synthetic ones of {tuple(synthetic)} um: "
+            f"cells of one kind come in two sizes. Pass voxel_size_um={tuple(real)}, or resample the real samples.",
+            stacklevel=3,  # where the SynthDataset is built
+        )
+
+
+def _differ(one: Sequence[float], other: Sequence[float], ndim: int) -> float:
+    """Largest relative difference along the axes that count."""
+    return max(abs(a / b - 1) for a, b in zip(one[-ndim:], other[-ndim:]))
 
 
 def check_population(num_cells: Any, density: Any, clustering: Any, background: Any) -> None:
@@ -220,11 +302,15 @@ def check_population(num_cells: Any, density: Any, clustering: Any, background: 
                 "density", expected="None beside num_cells", got=repr(density), remedy="Give one of the two."
             )
     if density is not None and not (isinstance(density, int | float) and 0 <= density < math.inf):
-        raise InputError("density", expected="cells per pixel >= 0, or None", got=repr(density))
+        raise InputError("density", expected="cells per pixel (3D: per voxel) >= 0, or None", got=repr(density))
     if clustering is not None and not (isinstance(clustering, int | float) and 0 <= clustering <= 1):
         raise InputError("clustering", expected="a probability, or None", got=repr(clustering))
     if background not in ("model", "real"):
         raise InputError("background", expected='"model" or "real"', got=repr(background))
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and bool(0 < value < math.inf)
 
 
 def _is_count(value: Any) -> bool:

@@ -18,7 +18,7 @@ from synthaug.datasets.bank import StreamStats
 from synthaug.datasets.loader import STATS_KEY, SynthLoader, check_workers
 from synthaug.datasets.mixing import check_real
 from synthaug.datasets.progress import Progress
-from synthaug.datasets.stream import Stream, StreamConfig
+from synthaug.datasets.stream import DEFAULT_SIZES, Stream, StreamConfig, fitting_cascade, warn_of_voxel_size
 from synthaug.errors import InputError
 
 
@@ -52,18 +52,19 @@ class SynthDataset(IterableDataset):
     label are what it made of them.
 
     Args:
-        cascade: Where the cells come from. On CUDA use num_workers=0: a thread with a stream of its own makes the
-            cells.
-        size: ((Z,) Y, X) of the samples in pixels.
+        cascade: Where the cells come from; a 3D cascade makes volumes, a 2D one frames. On CUDA use num_workers=0: a
+            thread with a stream of its own makes the cells.
+        size: ((Z,) Y, X) of the samples in pixels; default (256, 256), or (32, 128, 128) for a 3D cascade.
         batch_size: B over all ranks; each rank gets its slice of B / world_size samples.
         real: Map-style data set of real samples, dicts with `image` and `label` or pairs, [(Z,) Y, X] or
             [1, (Z,) Y, X], labels of any integer type, at least `size` large; cut at random to `size`. Needed if
-            synthetic_ratio < 1.
+            synthetic_ratio < 1. Volumes may be somewhat smaller, see `read_real`, and planes of theirs may be
+            unlabelled: -1 in every pixel of the plane, in the batch as well, to be left out of the loss.
         synthetic_ratio: r; every batch holds floor(r B) or ceil(r B) synthetic samples, and the stream r in all.
         seed: Another seed is another stream.
         max_reuse: A cell appears in at most so many frames, rotated and rescaled in brightness each time.
         num_cells: Cells of a frame, or (low, high) to draw it from; None draws the density as in the cascade's data.
-        density: Cells per pixel, instead of num_cells.
+        density: Cells per pixel (3D: per voxel), instead of num_cells.
         clustering: Probability that a cell is placed next to another one; None takes the one fitted to the data.
         background: "model", or "real" for the free regions of real frames.
         transform: Gets {"image": [1, (Z,) Y, X], "label": same} of real and synthetic samples alike and returns such a
@@ -77,6 +78,15 @@ class SynthDataset(IterableDataset):
         num_batches: Batches in an epoch; endless if None.
         rank: Of a distributed run; by default torch.distributed's.
         world_size: By default torch.distributed's.
+        voxel_size_um: (Z, Y, X) of the synthetic samples in micrometres, Z of no meaning in 2D; None takes the
+            cascade's own. Real samples are not resampled: give theirs.
+        as_meta_tensor: Samples and batches as MONAI's MetaTensors, also for the transform. Their affine carries the
+            voxel size in the order of the tensor's axes: diag(Z, Y, X, 1), or diag(Y, X, 1, 1) in 2D, [B, 4, 4] of a
+            batch. MONAI's readers of medical formats put X first: transforms that name directions in the body
+            (Orientation) mean nothing here.
+
+    Attributes:
+        voxel_size_um: (Z, Y, X) of the synthetic samples, or None where the cascade does not know it.
 
     Raises:
         InputError: An argument (here), a real sample or the transform's result (later) is not what it has to be.
@@ -86,7 +96,7 @@ class SynthDataset(IterableDataset):
     def __init__(
         self,
         cascade: Any,
-        size: Sequence[int] = (256, 256),
+        size: Sequence[int] | None = None,
         batch_size: int = 8,
         real: Any = None,
         synthetic_ratio: float = 1.0,
@@ -103,9 +113,14 @@ class SynthDataset(IterableDataset):
         num_batches: int | None = None,
         rank: int | None = None,
         world_size: int | None = None,
+        voxel_size_um: Sequence[float] | None = None,
+        as_meta_tensor: bool = False,
     ) -> None:
+        if size is None:
+            size = DEFAULT_SIZES[cascade.ndim]
         self.config = StreamConfig(
             size=tuple(size) if isinstance(size, Sequence) else size,
+            voxel_size_um=tuple(voxel_size_um) if isinstance(voxel_size_um, Sequence) else voxel_size_um,  # type: ignore[arg-type]  # checked there
             batch_size=batch_size,
             synthetic_ratio=synthetic_ratio,  # type: ignore[arg-type]  # made exact there
             seed=seed,
@@ -118,14 +133,17 @@ class SynthDataset(IterableDataset):
             num_shards=num_shards,
             on_starve=on_starve,
         )
+        cascade = fitting_cascade(cascade, self.config)
+        self.voxel_size_um = cascade.voxel_size_um
         self._num_real = check_real(real, self.config.synthetic_ratio)
+        warn_of_voxel_size(getattr(real, "voxel_size_um", None), self.voxel_size_um, cascade.ndim)
         if transform is not None and not callable(transform):
             raise InputError("transform", expected="a function of a sample dict", got=type(transform).__name__)
         if num_batches is not None and (not isinstance(num_batches, int) or num_batches < 1):
             raise InputError("num_batches", expected="a whole number >= 1, or None", got=repr(num_batches))
         if (rank is None) != (world_size is None):
             raise InputError("rank, world_size", expected="both or none", got=f"{rank}, {world_size}")
-        self.cascade, self.real, self.transform = cascade, real, transform
+        self.cascade, self.real, self.transform, self.as_meta_tensor = cascade, real, transform, bool(as_meta_tensor)
         self._rank = (rank, world_size) if rank is not None and world_size is not None else None
         self._check_shards(len(self._slots()))
         self._progress = Progress(num_batches)
@@ -191,7 +209,9 @@ class SynthDataset(IterableDataset):
             raise InputError("state", expected="what state_dict() returned", got=dict(state))
         if "fingerprint" in state and state["fingerprint"] != self.fingerprint():
             theirs, mine = state.get("config", {}), self._describe()
-            differ = [f"{k} {theirs.get(k)!r} (here {mine.get(k)!r})" for k in mine if theirs.get(k) != mine.get(k)]
+            differ = [
+                f"{k} {theirs.get(k)!r} (here {mine.get(k)!r})" for k in mine | theirs if theirs.get(k) != mine.get(k)
+            ]
             raise InputError(
                 "state",
                 expected="a state of this stream",
@@ -310,7 +330,15 @@ class SynthDataset(IterableDataset):
         if self._stream is not None and batch != self._stream_next:
             self._stop()
         if self._stream is None:
-            self._stream = Stream(self.config, self.cascade, self.real, self.transform, self._num_real, self._slots())
+            self._stream = Stream(
+                self.config,
+                self.cascade,
+                self.real,
+                self.transform,
+                self._num_real,
+                self._slots(),
+                self.as_meta_tensor,
+            )
         self._stream_next = upcoming[0]
         try:
             return self._stream.batch(batch, upcoming)

@@ -6,13 +6,13 @@ ratio, several workers and resume use `SynthDataset`; these fit where the data l
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor, get_track_meta
+from monai.data import MetaTensor, get_track_meta, list_data_collate
 from monai.transforms import MapTransform, RandomizableTransform
 from monai.utils import convert_to_tensor
 from torch import Tensor
@@ -24,7 +24,7 @@ from synthaug.datasets.mixing import check_labels, relabel
 from synthaug.datasets.stream import check_population
 from synthaug.errors import InputError
 from synthaug.randomness import SampleKey
-from synthaug.types import Cells
+from synthaug.types import UNLABELLED, Cells
 
 
 class RandSynthPopulation(RandomizableTransform):
@@ -40,7 +40,7 @@ class RandSynthPopulation(RandomizableTransform):
         max_reuse: Uses of one cell.
         num_cells: Cells of a sample, or (low, high); None draws the density as in the cascade's data (replace), or as
             many as the sample already has (paste).
-        density: Cells per pixel, instead of num_cells.
+        density: Cells per pixel (3D: per voxel), instead of num_cells.
         clustering: Probability that a cell is placed next to another one; None takes the one fitted to the data.
         background: Of replaced samples: "model", or "real" for the free regions of real frames.
 
@@ -89,13 +89,14 @@ class RandSynthPopulation(RandomizableTransform):
         """Apply to one sample.
 
         Args:
-            img: [1, (Z,) Y, X], array or tensor, camera counts.
+            img: [1, (Z,) Y, X], array or tensor, camera counts; with Z for a 3D cascade.
             label: [1, (Z,) Y, X], instance labels of an integer type.
             randomize: Draw anew; otherwise as drawn last.
 
         Returns:
             image float32 and label int32 [1, (Z,) Y, X], MetaTensors unless MONAI's tracking is off. A changed sample's
-            labels are contiguous from 1, and its affine carries the cascade's voxel size where known.
+            labels are contiguous from 1. A replaced sample's affine carries the cascade's voxel size where known, in
+            micrometres and in the order of the tensor's axes: diag(Z, Y, X, 1), in 2D diag(Y, X, 1, 1).
         """
         if randomize:
             self.randomize()
@@ -108,6 +109,13 @@ class RandSynthPopulation(RandomizableTransform):
                 expected="image and label of one shape [1, Y, X] or [1, Z, Y, X]",
                 got=f"{tuple(image.shape)} and {tuple(labels.shape)}",
                 remedy="EnsureChannelFirst makes the first axis; a multi-channel image has to be split.",
+            )
+        if image.ndim != self.cascade.ndim + 1:
+            raise InputError(
+                type(self).__name__,
+                expected="[1, Z, Y, X] for a 3D cascade" if self.cascade.ndim == 3 else "[1, Y, X] for a 2D cascade",
+                got=f"shape {tuple(image.shape)}",
+                remedy="Frames need a cascade fitted to frames, and volumes one fitted to volumes.",
             )
         if (worker := get_worker_info()) is not None:
             check_workers(self.cascade.device, worker.num_workers)
@@ -138,7 +146,15 @@ class RandSynthPopulation(RandomizableTransform):
 
     def _paste(self, image: Tensor, labels: Tensor, pool: CellPool) -> tuple[Tensor, Tensor, None]:
         device = self.cascade.device
-        known = torch.from_numpy(relabel(check_labels(labels.cpu().numpy(), "label")))
+        checked = check_labels(labels[0].cpu().numpy(), "label")
+        if (checked == UNLABELLED).any():
+            raise InputError(
+                "label",
+                expected="cells marked in every plane, as new ones go where none are",
+                got="planes nobody annotated",
+                remedy='Use mode="replace".',
+            )
+        known = torch.from_numpy(relabel(checked))[None]
         num = max(int(known.max()), 1)
         if self.num_cells is not None or self.density is not None:
             size = tuple(image.shape[1:])
@@ -242,7 +258,7 @@ class CellPool:
     def take(self, num: int, key: SampleKey) -> Cells:
         """`num` different cells; `key` decides which of those in play."""
         if num == 0:
-            return no_cells(self.cascade.crop_size, self.cascade.device)
+            return no_cells(self.cascade)
         size = self.cascade.block_size
         hand = self._dealer.deal(num, key.numpy()).tolist()
         blocks = sorted({i // size for i in hand})
@@ -282,6 +298,17 @@ def finish(
             scale[:num_axes] = torch.tensor(voxel_size_um[-num_axes:], dtype=torch.float64)
             out.affine = torch.diag(scale)
     return out
+
+
+def with_affine(sample: Mapping[str, Tensor], voxel_size_um: tuple[float, float, float] | None) -> dict[str, Tensor]:
+    """A sample as MetaTensors (unless MONAI's tracking is off), their affine as of `finish`; None leaves identity."""
+    return {key: finish(value, value.dtype, voxel_size_um=voxel_size_um) for key, value in sample.items()}
+
+
+def stack(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors as one batch; MetaTensors as MONAI's own loader collates them, with an affine [B, 4, 4]."""
+    batch: Tensor = list_data_collate(list(parts)) if isinstance(parts[0], MetaTensor) else torch.stack(list(parts))
+    return batch
 
 
 RandSynthPopulationD = RandSynthPopulationDict = RandSynthPopulationd

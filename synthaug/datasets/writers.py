@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,10 +25,16 @@ FORMATS = {
     "stardist": ("images/{0:06d}.tif", "masks/{0:06d}.tif"),
     "cellpose": ("{0:06d}.tif", "{0:06d}_masks.tif"),
     "ctc": ("{0:02d}/t{1:03d}.tif", "{0:02d}_GT/SEG/man_seg{1:03d}.tif"),
+    "ome": ("images/{0:06d}.ome.tif", "labels/{0:06d}.ome.tif"),
 }
 """Image and label file of pair {0}; for "ctc" of frame {1} of sequence {0}."""
 
 DTYPES = ("uint8", "uint16", "float32")
+
+VoxelSize = tuple[float, float, float]
+
+RESOLUTION_BASE = 1_000_000
+"""Denominator of ImageJ's resolutions, pixels a micrometre."""
 
 BELOW, ABOVE = "lay below the range and were clipped to", "lay above the range and were clipped to"
 FAINT = "have values of at most 1 and lost their detail when rounded to"
@@ -47,6 +53,7 @@ def write_pairs(
     format: str = "folder",
     dtype: str = "uint16",
     start: int = 0,
+    voxel_size_um: Sequence[float] | None = None,
 ) -> int:
     """Write pairs as they come; one pair is in memory at a time.
 
@@ -59,13 +66,16 @@ def write_pairs(
     when the 65,535 ids of a 16-bit sequence are used up.
 
     Args:
-        pairs: Image [Y, X], finite, and labels [Y, X], whole numbers from 0 to 65,535; arrays or CPU tensors.
+        pairs: Image [Y, X] or [Z, Y, X] with Z > 1, finite, and labels of the same shape, whole numbers from 0 to 65,535;
+            arrays or CPU tensors; all of them frames or all of them volumes.
         out: Folder, created if missing.
         format: "folder" (`images/` + `labels/`), "stardist" (`images/` + `masks/`), "cellpose" (`x.tif` +
-            `x_masks.tif`) or "ctc" (`01/t000.tif`, `01_GT/SEG/man_seg000.tif`, `01_GT/TRA/man_track000.tif` and
-            `man_track.txt`).
+            `x_masks.tif`), "ctc" (`01/t000.tif`, `01_GT/SEG/man_seg000.tif`, `01_GT/TRA/man_track000.tif` and
+            `man_track.txt`) or "ome" (`images/x.ome.tif` + `labels/x.ome.tif`, OME-TIFF). A volume is a stack of pages.
         dtype: Of the images: "uint16", "uint8" or "float32" (unrounded).
         start: Number of the first pair; `count_written(out, format)` to continue an interrupted run.
+        voxel_size_um: (Z, Y, X) in micrometres, Z of no meaning in 2D. It goes into the files' metadata: OME's in format
+            "ome", ImageJ's in the others. None writes none.
 
     Returns:
         How many pairs were written.
@@ -78,16 +88,24 @@ def write_pairs(
         raise InputError("dtype", expected=f"one of {list(DTYPES)}", got=repr(dtype))
     if not isinstance(start, int | np.integer) or start < 0:
         raise InputError("start", expected="an integer >= 0", got=repr(start))
-    target: _Target = _Sequences(Path(out), start) if _known(format) == "ctc" else _Numbered(Path(out), format, start)
+    voxel_size = _as_voxel_size(voxel_size_um)
+    target: _Target
+    if _known(format) == "ctc":
+        target = _Sequences(Path(out), start, voxel_size)
+    else:
+        target = _Numbered(Path(out), format, start, voxel_size)
     odd: Counter[str] = Counter()
     first: dict[str, Path] = {}
-    num_written = num_pixels = 0
+    num_written = num_pixels = ndim = 0
     try:
         for image, labels in pairs:
             where = f"pair {start + num_written}"
             counts, ids = _as_counts(image, where), _as_ids(labels, where)
             if counts.shape != ids.shape:
                 raise InputError(where, expected="image and labels of one shape", got=f"{counts.shape} and {ids.shape}")
+            ndim = ndim or counts.ndim
+            if counts.ndim != ndim:
+                raise InputError(where, expected=f"{ndim}D as those before it", got=f"shape {counts.shape}")
             stored, seen = _to_range(counts, np.dtype(dtype))
             path = target.write(stored, ids)
             num_written, num_pixels = num_written + 1, num_pixels + stored.size
@@ -132,14 +150,15 @@ class _Target(Protocol):
 class _Numbered:
     """Independent pairs with a number for a name."""
 
-    def __init__(self, out: Path, format: str, start: int) -> None:
+    def __init__(self, out: Path, format: str, start: int, voxel_size_um: VoxelSize | None) -> None:
         self.out, self.names, self.number = out, FORMATS[format], start
+        self.metadata: dict[str, Any] = {"voxel_size_um": voxel_size_um, "ome": format == "ome"}
 
     def write(self, image: NDArray[Any], ids: NDArray[np.int64]) -> Path:
         image_path, label_path = (self.out / name.format(self.number) for name in self.names)
         _refuse_existing(image_path)
-        _write_tiff(label_path, ids.astype(np.uint16))
-        _write_tiff(image_path, image)
+        _write_tiff(label_path, ids.astype(np.uint16), **self.metadata)
+        _write_tiff(image_path, image, **self.metadata)
         self.number += 1
         return image_path
 
@@ -147,7 +166,7 @@ class _Numbered:
 class _Sequences:
     """Frames of Cell Tracking Challenge sequences, every cell a track of its own."""
 
-    def __init__(self, out: Path, start: int) -> None:
+    def __init__(self, out: Path, start: int, voxel_size_um: VoxelSize | None) -> None:
         there = count_written(out, "ctc")
         if start != there:
             raise InputError(
@@ -156,7 +175,7 @@ class _Sequences:
                 got=start,
                 remedy="Pass count_written(out, 'ctc'), or another folder.",
             )
-        self.out = out
+        self.out, self.voxel_size_um = out, voxel_size_um
         self.sequence = max(_sequences(out), default=1)
         self.frame = _count_frames(out, self.sequence)
         _refuse_existing(self.out / FORMATS["ctc"][0].format(self.sequence, self.frame))
@@ -175,12 +194,12 @@ class _Sequences:
         table = np.zeros(int(ids.max(initial=0)) + 1, np.uint16)
         table[present] = np.arange(self.next_id, self.next_id + len(present))
         tracks = table[ids]
-        _write_tiff(self.out / label_name, tracks)
-        _write_tiff(self.tracks.parent / f"man_track{self.frame:03d}.tif", tracks)
+        _write_tiff(self.out / label_name, tracks, self.voxel_size_um)
+        _write_tiff(self.tracks.parent / f"man_track{self.frame:03d}.tif", tracks, self.voxel_size_um)
         # Lines of a frame whose image never came are taken out again on resuming.
         with self.tracks.open("a", encoding="ascii", newline="\n") as file:
             file.writelines(f"{track} {self.frame} {self.frame} 0\n" for track in table[present])
-        _write_tiff(self.out / image_name, image)
+        _write_tiff(self.out / image_name, image, self.voxel_size_um)
         self.frame, self.next_id = self.frame + 1, self.next_id + len(present)
         return self.out / image_name
 
@@ -229,12 +248,25 @@ def _renamed(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def _write_tiff(path: Path, plane: NDArray[Any]) -> None:
+def _write_tiff(path: Path, array: NDArray[Any], voxel_size_um: VoxelSize | None = None, ome: bool = False) -> None:
     import tifffile
 
+    # No predictor and no description unless asked for: the plainest file, read by tools that know little of TIFF.
+    options: dict[str, Any] = {"metadata": None}
+    axes = "ZYX"[-array.ndim :]
+    if ome:
+        options = {"ome": True, "metadata": {"axes": axes}}
+        for axis, size in zip("ZYX", voxel_size_um or ()):
+            if axis in axes:
+                options["metadata"] |= {f"PhysicalSize{axis}": size, f"PhysicalSize{axis}Unit": "\u00b5m"}
+    elif voxel_size_um is not None:
+        z, y, x = voxel_size_um
+        spacing = {"spacing": z} if array.ndim == 3 else {}
+        # Resolution is stored as a fraction: a large numerator keeps the digits.
+        resolution = tuple((round(RESOLUTION_BASE / size), RESOLUTION_BASE) for size in (x, y))
+        options = {"imagej": True, "resolution": resolution, "metadata": {"axes": axes, "unit": "um", **spacing}}
     with _renamed(path) as part:
-        # No predictor and no description: the plainest file, read by tools that know little of TIFF.
-        tifffile.imwrite(part, plane, compression="zlib", photometric="minisblack", metadata=None)
+        tifffile.imwrite(part, array, compression="zlib", photometric="minisblack", **options)
 
 
 def _refuse_existing(path: Path) -> None:
@@ -250,11 +282,11 @@ def _refuse_existing(path: Path) -> None:
 
 def _as_counts(image: Any, where: str) -> NDArray[Any]:
     counts = np.asarray(image)
-    if counts.ndim != 2 or not counts.size or counts.dtype.kind not in "uif":
+    plane = counts.ndim == 2 or (counts.ndim == 3 and len(counts) > 1)  # a stack of one plane would be read as 2D
+    if not plane or not counts.size or counts.dtype.kind not in "uif":
         got = f"shape {counts.shape} of {counts.dtype}"
-        raise InputError(
-            f"{where}, image", expected="[Y, X] of numbers", got=got, remedy="Take one channel of one frame."
-        )
+        expected = "[Y, X] or [Z, Y, X] with Z > 1 of numbers"
+        raise InputError(f"{where}, image", expected=expected, got=got, remedy="Take one channel of one frame.")
     if not np.isfinite(counts).all():
         raise InputError(f"{where}, image", expected="finite values", got="NaN or infinity")
     return counts
@@ -262,9 +294,9 @@ def _as_counts(image: Any, where: str) -> NDArray[Any]:
 
 def _as_ids(labels: Any, where: str) -> NDArray[np.int64]:
     ids = np.asarray(labels)
-    if ids.ndim != 2 or ids.dtype.kind not in "uib":
+    if ids.ndim not in (2, 3) or ids.dtype.kind not in "uib":
         got = f"shape {ids.shape} of {ids.dtype}"
-        raise InputError(f"{where}, labels", expected="[Y, X] of whole numbers", got=got)
+        raise InputError(f"{where}, labels", expected="[Y, X] or [Z, Y, X] of whole numbers", got=got)
     if ids.size and not 0 <= ids.min() <= ids.max() <= MAX_ID:
         raise InputError(
             f"{where}, labels",
@@ -273,6 +305,16 @@ def _as_ids(labels: Any, where: str) -> NDArray[np.int64]:
             remedy="Renumber them with skimage.segmentation.relabel_sequential.",
         )
     return ids.astype(np.int64)
+
+
+def _as_voxel_size(size: Any) -> VoxelSize | None:
+    if size is None:
+        return None
+    values = np.asarray(size, np.float64).ravel()
+    # Finer than a quarter of a nanometre does not fit the 32 bits of a TIFF resolution
+    if len(values) != 3 or not (np.isfinite(values) & (values > 2.5e-4)).all():
+        raise InputError("voxel_size_um", expected="(Z, Y, X) > 0 in micrometres", got=size)
+    return float(values[0]), float(values[1]), float(values[2])
 
 
 def _to_range(counts: NDArray[Any], dtype: np.dtype[Any]) -> tuple[NDArray[Any], dict[str, int]]:

@@ -15,8 +15,9 @@ def mask_agreement(image: Tensor, sdf: Tensor) -> Tensor:
     give generated and real crops of one data set, and compare.
 
     Args:
-        image: float32 [N, S, S], light of single cells: 0 in the background, mean 1 inside the mask.
-        sdf: float32 [N, S, S], negative inside.
+        image: float32 [N, (Z,) Y, X], light of single cells: 0 in the background, mean 1 inside the mask. A stack counts
+            as a whole: its planes beyond the cell matter only where they are bright.
+        sdf: float32 of the same shape, negative inside.
 
     Returns:
         float32 [N] in [0, 1].
@@ -24,10 +25,9 @@ def mask_agreement(image: Tensor, sdf: Tensor) -> Tensor:
     Raises:
         InputError: If the shapes differ or there is no cell.
     """
-    if image.shape != sdf.shape or image.ndim != 3 or not len(image):
-        raise InputError(
-            "image and sdf", expected="one shape [N, S, S], N >= 1", got=f"{tuple(image.shape)}, {tuple(sdf.shape)}"
-        )
+    if image.shape != sdf.shape or image.ndim not in (3, 4) or not len(image):
+        got = f"{tuple(image.shape)}, {tuple(sdf.shape)}"
+        raise InputError("image and sdf", expected="one shape [N, (Z,) Y, X], N >= 1", got=got)
     mask, bright = sdf < 0, image > 0.5
     both = (mask & bright).flatten(1).sum(1)
     either = (mask | bright).flatten(1).sum(1)

@@ -15,6 +15,34 @@ from synthaug.randomness import SampleKey
 _NUM_RADII, _NUM_ANGLES, _REACH, _TEXTURE_WEIGHT, _NUM_CANDIDATES = 12, 64, 1.6, 2.0, 64
 
 
+_TURNED_FRAMES, _TURNED_PLANES = 8, 96
+"""Frames, and planes of volumes with far fewer cells each, that the control turns."""
+
+
+def cell_planes(volumes: Sequence[Pair], share: float = 1.0) -> list[Pair]:
+    """Planes of volumes as frames, in each of which only the cells are labelled that are large there.
+
+    Args:
+        volumes: Where single planes were annotated with ids of their own, every section counts as a cell.
+        share: Of a cell's largest section, in (0, 1], which its section in the plane has at least; 1: every cell is in
+            one plane only, the first in which it is largest.
+
+    Returns:
+        image [Y, X] and labels [Y, X] of every plane that has such a cell; ids are those of the volume.
+    """
+    out = []
+    for image, volume in volumes:
+        labels = np.maximum(volume, 0)
+        sections = np.stack([np.bincount(plane.ravel(), minlength=int(labels.max()) + 1) for plane in labels])
+        largest = sections.max(0)
+        large = sections >= np.maximum(share * largest, 1)
+        if share == 1:
+            large &= np.arange(len(sections))[:, None] == sections.argmax(0)
+        large[:, 0] = False
+        out += [(image[z], np.where(large[z][labels[z]], labels[z], 0)) for z in np.flatnonzero(large.any(1))]
+    return out
+
+
 def polar_descriptors(pairs: Sequence[Pair], sigma: float, min_area: int = 20) -> NDArray[np.float32]:
     """Every whole cell, masked and divided by its mean intensity, resampled on rings around its centre.
 
@@ -102,7 +130,7 @@ class NearCopies:
         control_share: Of training cells after a rotation by 33° with interpolation: how many copies the test finds.
         val_median: Median distance of val cells to their nearest training cell.
         synthetic_median: The same for synthetic cells.
-        num_train: Training cells compared with.
+        num_train: Training cells compared with; of volumes, sections of them.
         num_val: Val cells compared.
         num_synthetic: Synthetic cells compared.
     """
@@ -128,10 +156,13 @@ def near_copies(
 ) -> NearCopies:
     """Share of near-copies of training cells among synthetic cells, beside that among val cells.
 
+    A generator of volumes learns from planes. So of volumes every val and synthetic cell is looked at in the plane where
+    it is largest, and compared with all sections of training cells that are at least half as large as the largest one.
+
     Args:
-        train: All frames the generator was trained on; every whole cell of them is compared with.
-        val: Real frames it has not seen.
-        synthetic: Frames it made.
+        train: All frames or volumes the generator was trained on; every whole cell of them is compared with.
+        val: Real ones it has not seen.
+        synthetic: Those it made.
         max_cells: So many val and so many synthetic cells are compared at most, drawn at random.
         seed: For that draw.
 
@@ -144,7 +175,11 @@ def near_copies(
         rng = SampleKey(seed, ("near_copies", name)).numpy()
         return cells if len(cells) <= max_cells else cells[np.sort(rng.choice(len(cells), max_cells, replace=False))]
 
-    areas = np.concatenate([np.bincount(labels.ravel())[1:] for _, labels in train])
+    num_turned = _TURNED_FRAMES
+    if train[0][0].ndim == 3:
+        num_turned = _TURNED_PLANES
+        train, val, synthetic = cell_planes(train, 0.5), cell_planes(val), cell_planes(synthetic)
+    areas = np.concatenate([np.zeros(0, np.int64), *(np.bincount(labels.ravel())[1:] for _, labels in train)])
     sigma = max(0.08 * math.sqrt(float(np.median(areas[areas > 0])) / math.pi), 0.5) if areas.any() else 1.0
     training = polar_descriptors(train, sigma)
     others = chosen(polar_descriptors(val, sigma), "val"), chosen(polar_descriptors(synthetic, sigma), "synthetic")
@@ -157,7 +192,7 @@ def near_copies(
     threshold = float(np.exp(median - 2.326 * (median - quartile) / 0.6745))
 
     rotated: list[Pair] = []
-    for image, labels in train[:: max(len(train) // 8, 1)]:
+    for image, labels in train[:: max(len(train) // num_turned, 1)]:
         whole = np.where(np.isin(labels, cut_by_border(labels)), 0, labels)
         turned = ndimage.rotate(image, 33.0, order=1, mode="reflect")
         rotated.append((turned, ndimage.rotate(whole, 33.0, order=0)))

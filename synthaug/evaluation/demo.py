@@ -14,13 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from synthaug.cascade import PRETRAINED, Cascade
+from synthaug.cascade import Cascade
 from synthaug.datasets.readers import open_pairs
 from synthaug.datasets.synth import SynthDataset
 from synthaug.errors import InputError
 from synthaug.evaluation.metrics import SegmentationScores, segmentation_scores
 from synthaug.evaluation.segmenter import TrainingReport, TrainTransform, predict_instances, train_segmenter
 from synthaug.generators.stage import write_atomic
+from synthaug.hub import PRETRAINED
 from synthaug.randomness import SampleKey
 
 Pair = tuple[NDArray[np.float32], NDArray[np.int32]]

@@ -1,6 +1,7 @@
 """How good a segmentation is: SEG of the Cell Tracking Challenge, average precision as Cellpose reports it, and F1.
 
-Labels are integer arrays, 0 = background; the ids need be neither contiguous nor the same in truth and prediction.
+Labels are integer arrays, 0 = background; the ids need be neither contiguous nor the same in truth and prediction. In the
+truth of a volume, planes that nobody annotated are UNLABELLED in every pixel: nothing in them counts for or against.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synthaug.errors import InputError
+from synthaug.types import UNLABELLED
 
 Labels = NDArray[np.integer[Any]]
 
@@ -24,9 +26,11 @@ THRESHOLDS: tuple[float, ...] = tuple(round(0.5 + 0.05 * i, 2) for i in range(10
 class Overlaps:
     """How the objects of one frame's truth and prediction overlap.
 
+    Where not all planes of a volume are annotated, objects are the sections of cells in single planes.
+
     Attributes:
-        truth_ids: int64 [T], ids of the true objects.
-        pred_ids: int64 [P], ids of the predicted objects.
+        truth_ids: int64 [T], ids of the true objects; of sections plane * (largest id of the volume + 1) + id.
+        pred_ids: int64 [P], ids of the predicted objects, in the same way.
         cover: float64 [T, P] in [0, 1], share of the true object's pixels that the predicted one holds.
         iou: float64 [T, P] in [0, 1], intersection over union.
     """
@@ -37,23 +41,39 @@ class Overlaps:
     iou: NDArray[np.float64]
 
 
+def _sections(labels: Labels, annotated: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The annotated planes, with ids that no two of them share."""
+    own = labels[annotated].astype(np.int64)
+    first = np.flatnonzero(annotated)[:, None, None] * (int(labels.max()) + 1)
+    return np.where(own > 0, own + first, 0)
+
+
 def overlaps(pred: Labels, truth: Labels) -> Overlaps:
     """Overlap of every true with every predicted object of one frame.
 
+    Where some planes of a volume are UNLABELLED, the others are compared one by one: as the Cell Tracking Challenge scores
+    its gold truth of single slices, and because ids of different planes need not belong together then.
+
     Args:
         pred: integer [(Z,) Y, X], 0 = background.
-        truth: integer of the same shape.
+        truth: integer of the same shape; whole planes of a volume may be UNLABELLED.
 
     Raises:
         InputError: The shapes differ, or an array does not hold integers >= 0.
     """
     pred, truth = np.asarray(pred), np.asarray(truth)
-    for name, value in (("pred", pred), ("truth", truth)):
-        if value.dtype.kind not in "iu" or (value.size and value.min() < 0):
+    for name, value, least in (("pred", pred, 0), ("truth", truth, UNLABELLED if truth.ndim == 3 else 0)):
+        if value.dtype.kind not in "iu" or (value.size and value.min() < least):
             got = f"{value.dtype}" if value.dtype.kind not in "iu" else f"minimum {value.min()}"
             raise InputError(name, expected="integer labels, 0 = background", got=got)
     if pred.shape != truth.shape:
         raise InputError("pred", expected=f"the shape of the truth, {truth.shape}", got=pred.shape)
+    if truth.ndim == 3 and (missing := truth == UNLABELLED).any():
+        annotated = ~missing.all((1, 2))
+        if missing[annotated].any() or not annotated.any():
+            got = f"{UNLABELLED} in {'some pixels of a plane' if annotated.any() else 'all planes'}"
+            raise InputError("truth", expected=f"{UNLABELLED} in whole planes, but not in all", got=got)
+        pred, truth = _sections(pred, annotated), _sections(truth, annotated)
     truth_ids, truth_index = np.unique(truth, return_inverse=True)
     pred_ids, pred_index = np.unique(pred, return_inverse=True)
     shape = (len(truth_ids), len(pred_ids))
@@ -83,7 +103,8 @@ def seg(pred: Labels | Sequence[Labels], truth: Labels | Sequence[Labels]) -> fl
 
     Source: Maška et al., Bioinformatics 2014, section 2.3.1; the mean over objects is py-ctcmetrics' `seg`. Its `match`
     reads files only, so the same rule (more than 50 % of the reference object's area) is applied to arrays here. False
-    positives do not count. The objects of all frames weigh the same, as in the challenge.
+    positives do not count. The objects of all frames weigh the same, as in the challenge. Single annotated planes of a
+    volume are scored one by one (py-ctcmetrics pools those of a volume by id, which needs ids that go through it).
 
     Args:
         pred: integer [(Z,) Y, X], 0 = background; or a list of such frames.

@@ -1,13 +1,13 @@
 """Real beside synthetic to look at: one self-contained HTML page, and a contact sheet as PNG.
 
 The page needs no network, no script and no other file: pictures are inline PNG, plots inline SVG, the switch between image,
-outlines and labels is CSS.
+outlines and labels is CSS. A volume is shown as three orthogonal planes at true aspect: xy, below it xz, beside it yz.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
@@ -15,19 +15,35 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from synthaug.evaluation.realism import PROPERTIES, RealismReport, cell_properties
-from synthaug.evaluation.tiles import MIN_TILE, TILE, Pair, check_pairs, cut_tiles
+from synthaug.evaluation.realism import RealismReport, cell_tables
+from synthaug.evaluation.tiles import (
+    MIN_TILE,
+    TILE,
+    Pair,
+    VoxelSize,
+    check_sets,
+    common_shape,
+    cut_tiles,
+    orthogonal_views,
+)
 from synthaug.generators.stage import write_atomic
 
 Bytes = NDArray[np.uint8]
 
 HISTOGRAMS = ("area", "eccentricity", "intensity", "density", "nearest_neighbour")
-"""The properties the page plots."""
+"""The properties the page plots of frames, and of volumes that are not annotated in all planes."""
+
+VOLUME_HISTOGRAMS = ("volume", "sphericity", "elongation", "z_extent", "intensity", "density", "nearest_neighbour")
+"""Those it plots of volumes."""
 
 GAMMA = 0.6
 """Grey = (counts between the two ends of the display range) ** GAMMA: haze and dim halos are to be seen."""
 
 _GAP = 8
+_SEAM = 3
+"""Pixels between the planes of a volume."""
+_SEAM_GREY = 72
+"""Grey between them on the page, which may be dark or bright."""
 
 
 def display_range(pairs: Sequence[Pair]) -> tuple[float, float]:
@@ -62,6 +78,24 @@ def outlines(labels: NDArray[np.int32]) -> Bytes:
     return np.where(find_boundaries(labels, mode="inner")[..., None], label_colours(labels), np.uint8(0))
 
 
+def panel(views: Mapping[str, Bytes], fill: int) -> Bytes:
+    """One picture of the three planes of `orthogonal_views`: "xy", below it "xz", on its right "yz"."""
+    xy, xz, yz = (views[name] for name in ("xy", "xz", "yz"))
+    height, width = len(xy) + _SEAM + len(xz), xy.shape[1] + _SEAM + yz.shape[1]
+    out = np.full((height, width, *xy.shape[2:]), fill, np.uint8)
+    out[: len(xy), : xy.shape[1]] = xy
+    out[len(xy) + _SEAM :, : xz.shape[1]] = xz
+    out[: len(yz), xy.shape[1] + _SEAM :] = yz
+    return out
+
+
+def _show(pair: Pair, draw: Callable[[Pair], Bytes], voxel_size_um: VoxelSize | None, fill: int = 0) -> Bytes:
+    """A frame as `draw` draws it, a volume as the panel of its three planes."""
+    if pair[0].ndim == 2:
+        return draw(pair)
+    return panel({name: draw(view) for name, view in orthogonal_views(pair, voxel_size_um).items()}, fill)
+
+
 def _png(pixels: Bytes) -> bytes:
     import imageio.v3 as iio
 
@@ -78,17 +112,21 @@ def _picture(kind: str, pixels: Bytes, text: str) -> str:
     )
 
 
-def _frame(pair: Pair | None, limits: tuple[float, float], kind: str, number: int) -> str:
+def _frame(
+    pair: Pair | None, limits: tuple[float, float], kind: str, number: int, voxel_size_um: VoxelSize | None
+) -> str:
     if pair is None:
         return f'<div class="frame {kind} none"></div>'
-    image, labels = pair
     text = f"{kind} frame {number}"
+    pictures = {
+        "image": (_show(pair, lambda view: grey(view[0], limits), voxel_size_um, _SEAM_GREY), text),
+        "outlines": (_show(pair, lambda view: outlines(view[1]), voxel_size_um), f"{text}, outlines"),
+        "labels": (_show(pair, lambda view: label_colours(view[1]), voxel_size_um), f"{text}, labels"),
+    }
     return (
         f'<div class="frame {kind}"><div class="stack">'
-        + _picture("image", grey(image, limits), text)
-        + _picture("outlines", outlines(labels), f"{text}, outlines")
-        + _picture("labels", label_colours(labels), f"{text}, labels")
-        + f"</div><p>{kind} {number} · {int(labels.max())} cells</p></div>"
+        + "".join(_picture(view, *shown) for view, shown in pictures.items())
+        + f"</div><p>{kind} {number} · {int(pair[1].max())} cells</p></div>"
     )
 
 
@@ -210,10 +248,13 @@ def _extra_section(extra: str | Mapping[str, object]) -> str:
     return f'<h2>More</h2><div class="scroll"><table><tbody>{rows}</tbody></table></div>'
 
 
-def _common_tile(real_pairs: Sequence[Pair], synthetic_pairs: Sequence[Pair]) -> int:
-    check_pairs("real_pairs", real_pairs)
-    check_pairs("synthetic_pairs", synthetic_pairs)
-    return min(TILE, *(min(image.shape) for image, _ in [*real_pairs, *synthetic_pairs]))
+def _common_tile(
+    real_pairs: Sequence[Pair], synthetic_pairs: Sequence[Pair], voxel_size_um: VoxelSize | None
+) -> tuple[int, ...]:
+    check_sets({"real_pairs": real_pairs, "synthetic_pairs": synthetic_pairs}, voxel_size_um)
+    shape = common_shape([real_pairs, synthetic_pairs])
+    side = min(TILE, *shape[-2:])
+    return (*(min(TILE, depth) for depth in shape[:-2]), side, side)
 
 
 def write_sheet(
@@ -225,47 +266,52 @@ def write_sheet(
     report: RealismReport | None = None,
     extra: str | Mapping[str, object] | None = None,
     num: int = 12,
+    voxel_size_um: VoxelSize | None = None,
 ) -> None:
     """Write a static HTML page with real beside synthetic frames, histograms and numbers.
 
     All frames are shown at the same contrast, fixed by the real ones: the page names the range. Frames are cut to tiles of
     one size, 256 px or the smallest side of all frames; the middle tile of each is shown, the histograms use all of them.
+    Of a volume's middle tile those planes are shown that pass through most of the cells.
 
     Args:
         out_html: File to write; its folder is created. A crash leaves either the old page or the new one.
-        real_pairs: (image float32 [Y, X] in counts, labels int32 [Y, X]).
+        real_pairs: (image float32 [(Z,) Y, X] in counts, labels int32 of the same shape).
         synthetic_pairs: The same, synthetic.
         title: Heading of the page.
         report: Its numbers become a table.
         extra: Text, or names and values, put at the end.
         num: Frames of either kind that are shown at most.
+        voxel_size_um: (Z, Y, X) of all volumes; None: voxels are shown as cubes.
 
     Raises:
-        InputError: A list is empty, or images and labels do not fit.
+        InputError: A list is empty, images and labels do not fit, or frames and volumes are mixed.
     """
-    tile = _common_tile(real_pairs, synthetic_pairs)
+    tile = _common_tile(real_pairs, synthetic_pairs, voxel_size_um)
     limits = display_range(real_pairs)
     shown = [[cut_tiles([pair], tile) for pair in pairs[:num]] for pairs in (real_pairs, synthetic_pairs)]
     middle = [[tiles[len(tiles) // 2] for tiles in group] for group in shown]
     figures = [
-        f'<div class="pair">{_frame(a, limits, "real", i)}{_frame(b, limits, "synthetic", i)}</div>'
+        f'<div class="pair">{_frame(a, limits, "real", i, voxel_size_um)}'
+        f"{_frame(b, limits, 'synthetic', i, voxel_size_um)}</div>"
         for i, (a, b) in enumerate(zip_longest(*middle), start=1)
     ]
-    real, synthetic = (
-        cell_properties([(image, labels) for image, labels in cut_tiles(pairs, tile)])
-        for pairs in (real_pairs, synthetic_pairs)
-    )
-    plots = [histogram_svg(name, PROPERTIES[name], real[name], synthetic[name]) for name in HISTOGRAMS]
+    (real, synthetic), units = cell_tables([real_pairs, synthetic_pairs], tile, voxel_size_um)
+    names = VOLUME_HISTOGRAMS if "volume" in real else HISTOGRAMS
+    plots = [histogram_svg(name, units[name], real[name], synthetic[name]) for name in names]
     views = (("image", "Image"), ("outlines", "Outlines"), ("labels", "Labels"))
     radios = "".join(
         f'<input class="view" type="radio" name="view" id="view-{view}"{" checked" if view == "image" else ""}>'
         for view, _ in views
     )
     buttons = "".join(f'<label for="view-{view}">{text}</label>' for view, text in views)
+    sides = str(tile[0]) if len(tile) == 2 else " x ".join(map(str, tile))
     contrast = (
-        f"Tiles of {tile} px. All at the same contrast: black {_number(limits[0])}, white {_number(limits[1])} counts, "
+        f"Tiles of {sides} px. All at the same contrast: black {_number(limits[0])}, white {_number(limits[1])} counts, "
         f"gamma {GAMMA}."
     )
+    if len(tile) == 3:
+        contrast += " Of each volume three planes through its cells: xy, below it xz, beside it yz."
     page = [
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width,initial-scale=1">',
@@ -300,33 +346,44 @@ def _heading(text: str, width: int, height: int) -> Bytes:
 
 
 def write_contact_sheet(
-    out_png: str | Path, real_pairs: Sequence[Pair], synthetic_pairs: Sequence[Pair], num: int = 20
+    out_png: str | Path,
+    real_pairs: Sequence[Pair],
+    synthetic_pairs: Sequence[Pair],
+    num: int = 20,
+    voxel_size_um: VoxelSize | None = None,
 ) -> None:
     """Write `num` real frames (left) and `num` synthetic ones (right) as one grey PNG at the same contrast.
 
     Args:
         out_png: File to write; its folder is created. A crash leaves either the old picture or the new one.
-        real_pairs: (image float32 [Y, X] in counts, labels int32 [Y, X]); the middle 256 px tile of the first `num`.
+        real_pairs: (image float32 [(Z,) Y, X] in counts, labels int32 of the same shape); the middle 256 px tile of the
+            first `num`, of volumes the three planes that pass through most of its cells.
         synthetic_pairs: The same, synthetic.
         num: Frames of either kind at most; fewer leave white places.
+        voxel_size_um: (Z, Y, X) of all volumes; None: voxels are shown as cubes.
 
     Raises:
-        InputError: A list is empty, or images and labels do not fit.
+        InputError: A list is empty, images and labels do not fit, or frames and volumes are mixed.
     """
-    tile = _common_tile(real_pairs, synthetic_pairs)
+    tile = _common_tile(real_pairs, synthetic_pairs, voxel_size_um)
     limits = display_range(real_pairs)
-    most = min(num, max(len(real_pairs), len(synthetic_pairs)))
+    shown: list[list[Bytes]] = []
+    for pairs in (real_pairs, synthetic_pairs):
+        tiles = [cut_tiles([pair], tile) for pair in pairs[:num]]
+        middle = [group[len(group) // 2] for group in tiles]
+        shown.append([_show(pair, lambda view: grey(view[0], limits), voxel_size_um, 255) for pair in middle])
+    height, width = shown[0][0].shape
+    most = max(map(len, shown))
     columns = max(min(4, most), 1)
     rows = -(-most // columns)
-    step, margin, head = tile + _GAP, 3 * _GAP, max(tile // 5, MIN_TILE // 2)
+    down, across, margin, head = height + _GAP, width + _GAP, 3 * _GAP, max(height // 5, MIN_TILE // 2)
     blocks = []
-    for text, pairs in (("real", real_pairs), ("synthetic", synthetic_pairs)):
-        block = np.full((head + rows * step, columns * step), 255, np.uint8)
-        block[:head] = _heading(text, columns * step, head)
-        for i, pair in enumerate(pairs[:num]):
-            tiles = cut_tiles([pair], tile)
-            top, left = head + i // columns * step, i % columns * step
-            block[top : top + tile, left : left + tile] = grey(tiles[len(tiles) // 2][0], limits)
+    for text, pictures in zip(("real", "synthetic"), shown):
+        block = np.full((head + rows * down, columns * across), 255, np.uint8)
+        block[:head] = _heading(text, columns * across, head)
+        for i, picture in enumerate(pictures):
+            top, left = head + i // columns * down, i % columns * across
+            block[top : top + height, left : left + width] = picture
         blocks.append(block)
     page = np.pad(np.concatenate([blocks[0], np.full((len(blocks[0]), margin), 255, np.uint8), blocks[1]], 1), _GAP)
     page[:_GAP], page[-_GAP:], page[:, :_GAP], page[:, -_GAP:] = 255, 255, 255, 255

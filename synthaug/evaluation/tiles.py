@@ -1,64 +1,185 @@
-"""Frames of all sizes as tiles of one size, so that sets of frames compare."""
+"""Frames and volumes as tiles of one size, so that sets of them compare, and volumes as planes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from synthaug.errors import InputError
 from synthaug.randomness import SampleKey
+from synthaug.types import UNLABELLED
 
 Pair = tuple[NDArray[np.float32], NDArray[np.int32]]
-"""image float32 [Y, X] in camera counts, labels int32 [Y, X], 0 = background."""
+"""image float32 [(Z,) Y, X] in camera counts, labels int32 of its shape; 0 = background, UNLABELLED = not annotated."""
 Floats = NDArray[np.float64]
+VoxelSize = tuple[float, float, float]
+"""(Z, Y, X) in micrometres."""
 
 TILE, TEXTURE_TILE, MIN_TILE = 256, 128, 64
 """Largest tile in pixels for cell statistics and for texture features; smallest frame side that can be compared."""
 
+MIN_ROWS = 32
+"""Depth in pixels below which planes along the optical axis say too little about texture."""
+
 MAX_TILES = 400
 """At most so many tiles of each set are measured, drawn at random: more cost minutes and change little."""
 
+MAX_PLANES = 16
+"""At most so many planes of a volume, evenly spread: neighbours are nearly alike, and count as one."""
 
-def check_pairs(name: str, pairs: Sequence[Pair]) -> None:
-    """Raise InputError unless `pairs` is a non-empty sequence of finite images [Y, X] with integer labels [Y, X]."""
+T = TypeVar("T", bound=np.generic)
+
+
+def check_pairs(name: str, pairs: Sequence[Pair]) -> int:
+    """Number of axes, 2 or 3, of a set of pairs.
+
+    Raises:
+        InputError: The set is empty, or does not consist of finite images [(Z,) Y, X] with integer labels of the same
+            shape, >= 0 but for whole planes of a volume that are UNLABELLED.
+    """
     if not len(pairs):
         raise InputError(name, expected="at least one (image, labels) pair", got="none")
+    axes = set()
     for index, (image, labels) in enumerate(pairs):
         image, labels = np.asarray(image), np.asarray(labels)
-        if image.ndim != 2 or image.shape != labels.shape:
+        if image.ndim not in (2, 3) or image.shape != labels.shape:
             got = f"{image.shape} and {labels.shape}"
-            raise InputError(f"{name}[{index}]", expected="image and labels of one shape [Y, X]", got=got)
+            raise InputError(f"{name}[{index}]", expected="image and labels of one shape [(Z,) Y, X]", got=got)
         if labels.dtype.kind not in "iu":
             raise InputError(f"{name}[{index}]", expected="integer labels", got=labels.dtype)
+        if labels.min() < 0:
+            missing = labels == UNLABELLED
+            whole = missing.ndim == 3 and bool((missing.any((1, 2)) == missing.all((1, 2))).all())
+            if labels.min() < UNLABELLED or not whole:
+                expected = f"labels >= 0, or {UNLABELLED} in whole planes of a volume"
+                raise InputError(f"{name}[{index}]", expected=expected, got=f"minimum {labels.min()}")
         if not np.isfinite(image).all():
             raise InputError(f"{name}[{index}]", expected="a finite image", got="NaN or infinity")
+        axes.add(image.ndim)
+    if len(axes) > 1:
+        raise InputError(name, expected="either frames [Y, X] or volumes [Z, Y, X]", got="both")
+    return int(axes.pop())
 
 
-def cut_tiles(pairs: Sequence[Pair], tile: int) -> list[Pair]:
-    """Tiles [tile, tile] on a centred grid without overlap, labels contiguous from 1 in each."""
+def check_sets(sets: Mapping[str, Sequence[Pair]], voxel_size_um: Sequence[float] | None = None) -> int:
+    """Number of axes, 2 or 3, that all sets have in common; raises InputError as `check_pairs`, or where they differ."""
+    axes = {name: check_pairs(name, pairs) for name, pairs in sets.items()}
+    if len(set(axes.values())) > 1:
+        got = ", ".join(f"{n}D {name}" for name, n in axes.items())
+        raise InputError(", ".join(sets), expected="all frames or all volumes", got=got)
+    if voxel_size_um is not None and (len(voxel_size_um) != 3 or not all(0 < s < np.inf for s in voxel_size_um)):
+        raise InputError("voxel_size_um", expected="(Z, Y, X) > 0 in micrometres", got=voxel_size_um)
+    return next(iter(axes.values()))
+
+
+def is_sparse(pairs: Sequence[Pair]) -> bool:
+    """Whether some plane of some volume is not annotated."""
+    return any(bool((labels == UNLABELLED).any()) for _, labels in pairs)
+
+
+def common_shape(sets: Sequence[Sequence[Pair]]) -> tuple[int, ...]:
+    """Along each axis the smallest side of all frames or volumes."""
+    shapes = np.array([image.shape for pairs in sets for image, _ in pairs])
+    return tuple(int(n) for n in shapes.min(0))
+
+
+def cut_tiles(pairs: Sequence[Pair], tile: int | Sequence[int]) -> list[Pair]:
+    """Tiles on a centred grid without overlap, labels contiguous from 1 in each.
+
+    Args:
+        pairs: Frames or volumes.
+        tile: Side in pixels along every axis, or the sides along each.
+    """
     tiles = []
     for image, labels in pairs:
-        counts = [n // tile for n in image.shape]
-        top, left = ((n - count * tile) // 2 for n, count in zip(image.shape, counts))
-        for y in range(counts[0]):
-            for x in range(counts[1]):
-                box = np.s_[top + y * tile : top + (y + 1) * tile, left + x * tile : left + (x + 1) * tile]
-                own = np.asarray(labels[box])
-                ids = np.unique(own)
-                contiguous = np.searchsorted(ids[ids > 0], own, side="right").astype(np.int32)
-                tiles.append((np.asarray(image[box], np.float32), contiguous))
+        sides = (tile,) * image.ndim if isinstance(tile, int) else tuple(tile)
+        counts = [n // side for n, side in zip(image.shape, sides)]
+        starts = [(n - count * side) // 2 for n, count, side in zip(image.shape, counts, sides)]
+        for place in np.ndindex(*counts):
+            corner = [start + i * side for start, i, side in zip(starts, place, sides)]
+            box = tuple(slice(at, at + side) for at, side in zip(corner, sides))
+            own = np.asarray(labels[box])
+            ids = np.unique(own)
+            contiguous = np.where(own > 0, np.searchsorted(ids[ids > 0], own, side="right"), own).astype(np.int32)
+            tiles.append((np.asarray(image[box], np.float32), contiguous))
     return tiles
 
 
 def draw_tiles(items: list[Pair], key: SampleKey) -> list[Pair]:
+    """At most `MAX_TILES` of them, in their order."""
     if len(items) <= MAX_TILES:
         return items
     return [items[i] for i in np.sort(key.numpy().choice(len(items), MAX_TILES, replace=False))]
 
 
 def cut_by_border(labels: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Ids of the instances that touch the frame's border, sorted."""
-    edge = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
+    """Ids of the instances that touch the border of the frame or volume, sorted."""
+    edge = np.unique(np.concatenate([labels.take(i, axis).ravel() for axis in range(labels.ndim) for i in (0, -1)]))
     return edge[edge > 0]
+
+
+def aspect(voxel_size_um: VoxelSize | None) -> float:
+    """Pixels a plane is thick; 1 where the voxel size is unknown."""
+    return 1.0 if voxel_size_um is None else voxel_size_um[0] / float(np.sqrt(voxel_size_um[1] * voxel_size_um[2]))
+
+
+def stretch_rows(plane: NDArray[T], factor: float) -> NDArray[T]:
+    """A plane [Z, X] with square pixels: [round(Z * factor), X], linear between planes, labels (integers) nearest."""
+    num = max(round(len(plane) * factor), 1)
+    if num == len(plane):
+        return plane
+    at = np.clip((np.arange(num) + 0.5) * len(plane) / num - 0.5, 0, len(plane) - 1)
+    if plane.dtype.kind in "iu":
+        return plane[np.floor(at + 0.5).astype(int)]
+    low = np.floor(at).astype(int)
+    share = (at - low)[:, None].astype(plane.dtype)
+    return (1 - share) * plane[low] + share * plane[np.minimum(low + 1, len(plane) - 1)]
+
+
+def planes(
+    pairs: Sequence[Pair], kind: Literal["xy", "xz"], voxel_size_um: VoxelSize | None = None, *, annotated: bool = False
+) -> list[Pair]:
+    """Up to `MAX_PLANES` evenly spread planes of every volume, as frames.
+
+    Args:
+        pairs: Volumes.
+        kind: "xy" as they are; "xz", rows along z, stretched to square pixels.
+        voxel_size_um: Of all volumes; None: pixels of "xz" stay as they are.
+        annotated: Only planes "xy" that are annotated.
+    """
+    axis, factor = ("xy", "xz").index(kind), aspect(voxel_size_um)
+    out = []
+    for image, labels in pairs:
+        possible = np.arange(image.shape[axis])
+        if annotated:
+            possible = possible[(labels != UNLABELLED).any((1, 2))]
+        count = min(MAX_PLANES, len(possible))
+        for at in possible[((np.arange(count) + 0.5) * len(possible) / max(count, 1)).astype(int)]:
+            frame = np.asarray(image.take(at, axis), np.float32), labels.take(at, axis)
+            out.append(frame if kind == "xy" else (stretch_rows(frame[0], factor), stretch_rows(frame[1], factor)))
+    return out
+
+
+def orthogonal_views(pair: Pair, voxel_size_um: VoxelSize | None = None) -> dict[str, Pair]:
+    """Three planes at true aspect, each through as much of the cells as one can be.
+
+    Args:
+        pair: A volume. The plane across each axis is the one that most labelled voxels lie in, the middle without any.
+        voxel_size_um: None: voxels count as cubes.
+
+    Returns:
+        "xy" [Y, X], "xz" [Z', X] and "yz" [Y, Z'], Z' = Z planes in pixels; UNLABELLED pixels are 0.
+    """
+    image, labels = pair[0], np.maximum(pair[1], 0)
+    inside = labels > 0
+    counts = [inside.sum(tuple(a for a in range(3) if a != axis)) for axis in range(3)]
+    z, y, x = (int(n.argmax()) if n.any() else len(n) // 2 for n in counts)
+    factor = aspect(voxel_size_um)
+    return {
+        "xy": (image[z], labels[z]),
+        "xz": (stretch_rows(image[:, y], factor), stretch_rows(labels[:, y], factor)),
+        "yz": (stretch_rows(image[:, :, x], factor).T, stretch_rows(labels[:, :, x], factor).T),
+    }

@@ -5,13 +5,16 @@ A frame is  level * field(x, y) + haze + texture + brightness * light  in camera
 halo (wide Gaussian blurs of the cells), `texture` dim debris and what is out of focus. All of it is measured frame by
 frame (`frame_fit.py`) and kept as one row of a table, so that level, brightness, density, haze and noise of a synthetic
 frame belong together as in a real one.
+
+A stack is the same over (z, y, x), and its light is first blurred along the optical axis and attenuated with depth
+(`axial.py`, `volume_fit.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -20,6 +23,16 @@ from scipy import ndimage
 from torch import Tensor
 
 from synthaug.errors import InputError
+from synthaug.generators.axial import (
+    attenuate,
+    axial_sigma,
+    blur_axis,
+    fit_attenuation,
+    mask_half_length,
+    random_texture_volume,
+    texture_grid_volume,
+    wide_blur_volume,
+)
 from synthaug.generators.camera import (
     correlate_noise,
     expose,
@@ -30,6 +43,7 @@ from synthaug.generators.camera import (
     texture_grid,
     wide_blur,
 )
+from synthaug.generators.electrons import fit_read_noise, multiplied_noise, shape_noise
 from synthaug.generators.frame_fit import (
     BLOCK,
     CLING_SIGMA,
@@ -52,12 +66,29 @@ from synthaug.generators.frame_fit import (
     modulation,
 )
 from synthaug.generators.stage import Noise, Stage
+from synthaug.generators.volume_fit import (
+    CLING_BLUR,
+    HAZE_BLURS,
+    NOISE_GATE,
+    TEXTURE_BLURS,
+    VOLUME_HAZES,
+    VOLUME_NAMES,
+    VOLUME_POSITIVE,
+    VOLUME_TEXTURES,
+    cell_brightness,
+    dark_level,
+    measure_volume,
+    pool_attenuation,
+)
 from synthaug.randomness import SampleKey, normal, uniform
-from synthaug.types import FrameStyles
+from synthaug.types import UNLABELLED, FrameStyles
 
 __all__ = ["NAMES", "Background", "BackgroundConfig", "BackgroundMode", "cell_contrasts"]
 
 BackgroundMode = Literal["model", "real"]
+
+VOLUME_TILE, NUM_VOLUME_TILES = (16, 96, 96), 3
+"""Size (Z, Y, X) and number of the background tiles kept of stacks: under 1 MB."""
 
 
 @dataclass
@@ -68,11 +99,16 @@ class BackgroundConfig:
         integer: Whether the camera gives whole counts.
         saturation: Largest count of the camera.
         bandwidth: Width of the kernel density around each real frame's row, as a share of the spread between frames.
+        ndim: 2 for frames, 3 for stacks.
+        read_noise: Of an electron-multiplying camera, in counts of one multiplied electron; 0 for Gaussian noise.
+            Told apart in stacks only.
     """
 
     integer: bool = True
     saturation: float = 65535.0
     bandwidth: float = 0.2
+    ndim: int = 2
+    read_noise: float = 0.0
 
 
 class Background(Stage):
@@ -81,8 +117,9 @@ class Background(Stage):
     Buffers (all fitted): `table` float32 [F, K], a row of `NAMES` for each real frame; `jitter` float32 [K], kernel
     width of each column (of its logarithm for those in `POSITIVE`); `light_field` float32 [5], logarithm of the
     illumination of the cells over the frame (see `legendre`); `kernel` float32 [2r+1, 2r+1], the filter that correlates
-    the noise; `tiles` [N, T, T], real background with cells removed, counts (uint16 for cameras with whole counts, else
-    float32); `tile_levels` float32 [N], level of the frame of each tile, counts.
+    the noise; `tiles` [N, (D,) T, T], real background with cells removed, counts (uint16 for cameras with whole counts,
+    else float32); `tile_levels` float32 [N], level of the frame of each tile, counts. `noise_table` is not fitted but
+    computed from the config's `read_noise`.
     """
 
     config_class = BackgroundConfig
@@ -93,16 +130,23 @@ class Background(Stage):
     kernel: Tensor
     tiles: Tensor
     tile_levels: Tensor
-    names: ClassVar[tuple[str, ...]] = NAMES
+    noise_table: Tensor
 
     def __init__(self, config: BackgroundConfig) -> None:
         super().__init__(config)
-        self.register_buffer("table", torch.zeros(0, len(NAMES)))
-        self.register_buffer("jitter", torch.zeros(len(NAMES)))
+        self.register_buffer("table", torch.zeros(0, len(self.names)))
+        self.register_buffer("jitter", torch.zeros(len(self.names)))
         self.register_buffer("light_field", torch.zeros(5))
         self.register_buffer("kernel", torch.ones(1, 1))
         self.register_buffer("tiles", torch.zeros(0, 1, 1))
         self.register_buffer("tile_levels", torch.zeros(0))
+        table = multiplied_noise(config.read_noise) if config.read_noise > 0 else np.zeros((0, 0), np.float32)
+        self.register_buffer("noise_table", torch.from_numpy(table), persistent=False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Columns of the table."""
+        return VOLUME_NAMES if self.config.ndim == 3 else NAMES
 
     @classmethod
     def fit(
@@ -112,18 +156,23 @@ class Background(Stage):
         *,
         num_tiles: int = 8,
         tile_size: int = 256,
+        counts: Sequence[float] | None = None,
     ) -> Self:
-        """Measure real frames.
+        """Measure real frames or stacks.
 
         Args:
-            frames: float [Y, X] each, camera counts; sizes may differ.
-            labels: int32 [Y, X] each, contiguous from 1, 0 = background.
-            num_tiles: How many background tiles to keep for `background="real"`.
-            tile_size: Their side in pixels; the smallest frame's side if that is less.
+            frames: float [Y, X] each, or [Z, Y, X] each, camera counts; sizes may differ.
+            labels: int32 of the same shape each, 0 = background; contiguous from 1 in frames. In stacks planes that nobody
+                annotated are `UNLABELLED` throughout; one annotated plane in a stack is enough.
+            num_tiles: How many background tiles to keep for `background="real"`; of stacks 3 at most.
+            tile_size: Their side in pixels; the smallest frame's side if that is less. Of stacks 96 at most, 16 planes.
+            counts: Cells in each stack, where known; default: from the annotated planes and the cells' length along z.
 
         Raises:
             InputError: no frames, or a frame and its labels do not match.
         """
+        if len(frames) and frames[0].ndim == 3:
+            return cls._fit_volumes(frames, labels, num_tiles=num_tiles, tile_size=tile_size, counts=counts)
         if not len(frames) or len(frames) != len(labels):
             raise InputError(
                 "frames", expected="at least one, each with labels", got=f"{len(frames)} and {len(labels)}"
@@ -148,49 +197,125 @@ class Background(Stage):
         stage.jitter = torch.from_numpy(fit_jitter(stage.table.numpy(), stage.config.bandwidth))
         stage.light_field = torch.from_numpy(fit_light_field(measures))
         side = min(tile_size, *(n for f in frames for n in f.shape))
-        stage._fit_tiles(frames, measures, num_tiles, side)
+        stage._fit_tiles(frames, measures, num_tiles, (side, side))
+        return stage.eval()
+
+    @classmethod
+    def _fit_volumes(
+        cls,
+        volumes: Sequence[NDArray[np.float32]],
+        labels: Sequence[NDArray[np.int32]],
+        *,
+        num_tiles: int,
+        tile_size: int,
+        counts: Sequence[float] | None,
+    ) -> Self:
+        if len(volumes) != len(labels) or (counts is not None and len(counts) != len(volumes)):
+            got = f"{len(volumes)}, {len(labels)} and {len(counts) if counts is not None else 'none'}"
+            raise InputError("frames", expected="volumes, labels and counts of one number", got=got)
+        for i, (volume, label) in enumerate(zip(volumes, labels)):
+            if (
+                volume.ndim != 3
+                or volume.shape != label.shape
+                or volume.shape[0] < 4
+                or min(volume.shape[1:]) < 2 * BLOCK
+            ):
+                expected = f"[Z, Y, X] as its labels, 4 planes or more, {2 * BLOCK} pixels or more a side"
+                raise InputError(f"frames[{i}]", expected=expected, got=f"{volume.shape} and {label.shape}")
+            if not np.isfinite(volume).all():
+                raise InputError(f"frames[{i}]", expected="finite counts", got="NaN or infinity")
+        if all((label == UNLABELLED).any((1, 2)).all() for label in labels):
+            raise InputError("labels", expected="at least one annotated plane", got="none in any volume")
+        integer = all(bool((v == np.round(v)).all()) for v in volumes)
+        saturation = saturation_of(max(float(v.max()) for v in volumes), integer)
+        told = [
+            measure_volume(np.asarray(v, np.float64), np.asarray(n, np.int32), saturation=saturation)
+            for v, n in zip(volumes, labels)
+        ]
+        measures = [m for m, _, _ in told]
+        sections = [s for _, own, _ in told for s in own]
+        kernel = fit_kernel(measures, integer, gate=NOISE_GATE)
+        fill_rows(measures, kernel, integer)
+        sigma, length = axial_sigma(sections), max(2 * mask_half_length(sections), 1.0)
+        slopes = pool_attenuation([fit_attenuation(own) for _, own, _ in told])
+        for i, (m, own, _) in enumerate(told):
+            m.row["axial_sigma"] = (axial_sigma(own) or sigma) if len(own) >= 10 else sigma
+            m.row["attenuation"] = slopes[i]
+            m.row["density"] = counts[i] / volumes[i].size if counts is not None else m.row["density"] / length
+        reads = [fit_read_noise(d, float(d.var()), m.row["gain"]) for m, _, d in told]
+        config = BackgroundConfig(integer, saturation, ndim=3, read_noise=float(np.median(reads)))
+        stage = cls(config)
+        stage.kernel = torch.from_numpy(kernel)
+        stage.table = torch.tensor([[m.row[name] for name in VOLUME_NAMES] for m in measures], dtype=torch.float32)
+        jitter = fit_jitter(stage.table.numpy(), config.bandwidth, VOLUME_NAMES, VOLUME_POSITIVE)
+        stage.jitter = torch.from_numpy(jitter)
+        wanted = (VOLUME_TILE[0], min(VOLUME_TILE[1], tile_size), min(VOLUME_TILE[2], tile_size))
+        side = tuple(min(n, *(v.shape[axis] for v in volumes)) for axis, n in enumerate(wanted))
+        stage._fit_tiles(volumes, measures, min(num_tiles, NUM_VOLUME_TILES), side)
         return stage.eval()
 
     def _fit_tiles(
-        self, frames: Sequence[NDArray[np.float32]], measures: Sequence[FrameMeasure], num_tiles: int, side: int
+        self,
+        frames: Sequence[NDArray[np.float32]],
+        measures: Sequence[FrameMeasure],
+        num_tiles: int,
+        size: tuple[int, ...],
     ) -> None:
         """Keep the emptiest window of each of the emptiest frames, cells replaced by smooth background plus noise."""
         found = []
         for i, m in enumerate(measures):
-            total = np.pad(m.covered.astype(np.float64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-            rows = sorted({*range(0, m.covered.shape[0] - side + 1, 16), m.covered.shape[0] - side})
-            columns = sorted({*range(0, m.covered.shape[1] - side + 1, 16), m.covered.shape[1] - side})
-            top, left = np.meshgrid(rows, columns, indexing="ij")
-            sums = total[top + side, left + side] - total[top, left + side] - total[top + side, left] + total[top, left]
-            best = int(sums.argmin())
-            found.append((float(sums.flat[best]), i, int(top.flat[best]), int(left.flat[best])))
+            total = m.covered.astype(np.float64)
+            starts = []
+            for axis, side in enumerate(size):
+                length = total.shape[axis]
+                step = 16 if axis >= len(size) - 2 else 4
+                starts.append(np.array(sorted({*range(0, length - side + 1, step), length - side})))
+                running = np.insert(total.cumsum(axis), 0, 0.0, axis=axis)
+                total = running.take(starts[-1] + side, axis) - running.take(starts[-1], axis)
+            best = np.unravel_index(int(total.argmin()), total.shape)
+            found.append((float(total[best]), i, tuple(int(s[b]) for s, b in zip(starts, best))))
         tiles, levels = [], []
-        for _, i, top, left in sorted(found)[:num_tiles]:
+        for _, i, corner in sorted(found)[:num_tiles]:
             m = measures[i]
-            window = (slice(top, top + side), slice(left, left + side))
+            window = tuple(slice(c, c + side) for c, side in zip(corner, size))
             image = np.asarray(frames[i], np.float64)[window]
             # four pixels more than the fit leaves out, so that no halo is left around a hole
             hole = ndimage.binary_dilation(m.covered[window], iterations=4)
             hole = hole if not hole.all() else m.covered[window]
             expected = inpaint(image, hole, m.row["level"])
             variance = m.row["flat_variance"] + m.row["gain"] * (expected - m.row["level"])
-            white = torch.from_numpy(
-                SampleKey(0, ("tile", i))
-                .numpy()
-                .standard_normal([1, 1, *(n + len(self.kernel) - 1 for n in hole.shape)])
-            ).float()
-            filled = expose(
+            margin = len(self.kernel) - 1
+            shape = (*hole.shape[:-2], hole.shape[-2] + margin, hole.shape[-1] + margin)
+            white = torch.from_numpy(SampleKey(0, ("tile", i)).numpy().standard_normal([1, 1, *shape])).float()
+            filled = self._expose(
                 torch.from_numpy(expected)[None, None].float(),
                 torch.from_numpy(variance)[None, None].float(),
-                correlate_noise(white, self.kernel),
-                integer=self.config.integer,
-                saturation=self.config.saturation,
+                white,
+                torch.tensor([m.row["gain"]]).float(),
             )[0, 0].numpy()
             tiles.append(np.where(hole, filled, image))
             levels.append(m.row["level"])
         whole = self.config.integer and self.config.saturation <= 65535
         self.tiles = torch.from_numpy(np.stack(tiles).astype(np.uint16 if whole else np.float32))
         self.tile_levels = torch.tensor(levels, dtype=torch.float32)
+
+    def _positive(self) -> Tensor:
+        """Which columns are positive numbers that vary by factors; bool [K], on the CPU."""
+        return torch.tensor([name in (VOLUME_POSITIVE if self.config.ndim == 3 else POSITIVE) for name in self.names])
+
+    def scale_table(self, z: float, plane: float) -> None:
+        """Make the table that of voxels `z` times as deep and `plane` times as wide; the camera's own columns stay."""
+        factors = {
+            "density": z * plane**2,
+            "height": 1 / plane,
+            "width": 1 / plane,
+            "depth": 1 / z,
+            "axial_sigma": 1 / z,
+            "attenuation": z,
+        }
+        scale = torch.tensor([factors.get(name, 1.0) for name in self.names], device=self.table.device)
+        self.table = self.table * scale
+        self.jitter = torch.where(self._positive().to(self.device), self.jitter, self.jitter * scale)
 
     def draw_styles(self, keys: Sequence[SampleKey]) -> FrameStyles:
         """Looks of frames: real frames' rows, jittered; row i depends on `keys[i]` alone.
@@ -202,57 +327,73 @@ class Background(Stage):
         table, jitter = self.table.cpu(), self.jitter.cpu()
         pick = uniform([k.child("style", "row") for k in keys], (1,))[:, 0]
         index = (pick * len(table)).long().clamp(max=len(table) - 1)
-        shift = normal([k.child("style", "jitter") for k in keys], (len(NAMES),)).clamp(-2.5, 2.5) * jitter
+        shift = normal([k.child("style", "jitter") for k in keys], (len(self.names),)).clamp(-2.5, 2.5) * jitter
         rows = table[index]
-        positive = torch.tensor([name in POSITIVE for name in NAMES])
         # the vectorised exponential may differ in its last bit with the place in the batch: one row at a time
         factor = torch.stack([row.exp() for row in shift.unbind()]) if len(keys) else shift
-        return FrameStyles(torch.where(positive, rows * factor, rows + shift).to(self.device), NAMES)
+        return FrameStyles(torch.where(self._positive(), rows * factor, rows + shift).to(self.device), self.names)
 
     def styles_of(self, image: Tensor, labels: Tensor) -> FrameStyles:
         """The look of a real frame, for adding cells to it: the most similar row, with its own level and brightness.
 
         Args:
-            image: float32 [1, Y, X], camera counts.
-            labels: int32 [1, Y, X], contiguous from 1; without cells the most similar row also gives the brightness.
+            image: float32 [1, (Z,) Y, X], camera counts.
+            labels: int32 [1, (Z,) Y, X], contiguous from 1, planes of a stack that nobody annotated `UNLABELLED`; without
+                cells the most similar row also gives the brightness.
 
         Returns:
             One row.
         """
         self._require_fit()
+        if image.ndim != self.config.ndim + 1:
+            raise InputError("image", expected=f"[1, {self._axes}]", got=tuple(image.shape))
         picture, instances = image[0].cpu().numpy().astype(np.float32), labels[0].cpu().numpy()
-        contrasts, _ = cell_contrasts(picture, instances)
-        seen = contrasts[contrasts > 0]
+        if self.config.ndim == 3:
+            seen = np.asarray(cell_brightness(picture, instances, self.config.saturation))
+            own = {"level": dark_level(picture.astype(np.float64))}
+        else:
+            contrasts = cell_contrasts(picture, instances)[0]
+            seen = contrasts[contrasts > 0]
+            own = {"level": float(np.median(picture[free_area(picture.astype(np.float64), instances)]))}
         table = self.table.cpu().double()
-        own = {"level": float(np.median(picture[free_area(picture.astype(np.float64), instances)]))}
         if len(seen):
             own["brightness"] = float(np.median(seen))
         distance = torch.zeros(len(table), dtype=torch.float64)
         for name, value in own.items():
-            column = table[:, NAMES.index(name)].clamp(min=1e-3).log()
+            column = table[:, self.names.index(name)].clamp(min=1e-3).log()
             distance += ((column - np.log(max(value, 1e-3))) / (column.std(correction=0) + 0.05)) ** 2
         row = self.table.cpu()[int(distance.argmin())].clone()
         for name, value in own.items():
-            row[NAMES.index(name)] = value
-        return FrameStyles(row[None].to(self.device), NAMES)
+            row[self.names.index(name)] = value
+        return FrameStyles(row[None].to(self.device), self.names)
 
-    def draw(self, keys: Sequence[SampleKey], size: tuple[int, int]) -> Noise:  # type: ignore[override]  # needs a size
+    def draw(self, keys: Sequence[SampleKey], size: Sequence[int]) -> Noise:  # type: ignore[override]  # needs a size
         """All random numbers of `forward` and `add_cells`; row i depends on `keys[i]` alone.
 
         Args:
             keys: One a frame.
-            size: Canvas (Y, X) in pixels.
+            size: Canvas ((Z,) Y, X) in pixels.
 
         Returns:
-            `camera` float32 [B, 1, Y+2r, X+2r] and `texture_*` (on a coarse grid), standard normal; `place` float32
-            [B, 6], uniform: window of the illumination (2), choice, position and flips of a tile (4).
+            `camera` float32 [B, 1, (Z,) Y+2r, X+2r] and `texture_*` (on a coarse grid), standard normal; `place` float32
+            [B, 6], uniform: window of the illumination (2), choice, position and flips of a tile (4); in stacks [B, 8],
+            with window and position along z.
         """
+        if len(size) != self.config.ndim:
+            raise InputError("size", expected=f"({self._axes})", got=tuple(size))
         keys = [k.child("background") for k in keys]
         margin = self.kernel.shape[0] - 1
-        noise = {"camera": normal([k.child("camera") for k in keys], (1, size[0] + margin, size[1] + margin))}
-        noise["place"] = uniform([k.child("place") for k in keys], (6,))
-        for name, sigma in zip(TEXTURES, TEXTURE_SIGMAS):
-            noise[name] = normal([k.child(name) for k in keys], (1, *texture_grid(size, sigma)))
+        camera = (1, *size[:-2], size[-2] + margin, size[-1] + margin)
+        noise = {"camera": normal([k.child("camera") for k in keys], camera)}
+        noise["place"] = uniform([k.child("place") for k in keys], (6 if self.config.ndim == 2 else 8,))
+        if self.config.ndim == 2:
+            grids: dict[str, tuple[int, ...]] = {
+                name: texture_grid((size[0], size[1]), s) for name, s in zip(TEXTURES, TEXTURE_SIGMAS)
+            }
+        else:
+            grids = {n: texture_grid_volume(size, (z, s, s)) for n, (z, s) in zip(VOLUME_TEXTURES, TEXTURE_BLURS)}
+        for name, grid in grids.items():
+            noise[name] = normal([k.child(name) for k in keys], (1, *grid))
         return {name: value.to(self.device) for name, value in noise.items()}
 
     def forward(
@@ -261,43 +402,44 @@ class Background(Stage):
         """Finish frames.
 
         Args:
-            light: float32 [B, 1, Y, X], light of the cells, 1 = the median cell of the frame.
-            labels: int32 [B, 1, Y, X], 0 = background.
+            light: float32 [B, 1, (Z,) Y, X], light of the cells, 1 = the median cell of the frame.
+            labels: int32, same shape, 0 = background.
             styles: One row a frame, from `draw_styles`.
             noise: From `draw` for the same size.
             background: "model" draws level, field, haze and texture from `styles`; "real" takes a real background tile
                 of similar level, which brings its own noise (a canvas larger than the tile is covered by mirroring).
 
         Returns:
-            float32 [B, 1, Y, X], camera counts; whole, and clipped as by the camera, if the real frames are.
+            float32 [B, 1, (Z,) Y, X], camera counts; whole, and clipped as by the camera, if the real frames are.
         """
         self._require_fit()
         if background not in ("model", "real"):
             raise InputError("background", expected="'model' or 'real'", got=repr(background))
-        if light.shape != labels.shape or light.ndim != 4 or light.shape[1] != 1:
+        if light.shape != labels.shape or light.ndim != self.config.ndim + 2 or light.shape[1] != 1:
             got = f"{tuple(light.shape)} and {tuple(labels.shape)}"
-            raise InputError("light and labels", expected="[B, 1, Y, X] both", got=got)
-        render = self._on_model if background == "model" else self._on_tile
+            raise InputError("light and labels", expected=f"[B, 1, {self._axes}] both", got=got)
+        model = self._on_model if self.config.ndim == 2 else self._on_volume_model
+        render = model if background == "model" else self._on_tile
         return self._by_rows(render, styles, light, labels, noise)
 
     def add_cells(self, image: Tensor, light: Tensor, styles: FrameStyles, noise: Noise) -> Tensor:
         """Add the light of cells to real images, with the shot noise it brings; where it is 0 nothing changes.
 
         Args:
-            image: float32 [B, 1, Y, X], camera counts.
-            light: float32 [B, 1, Y, X], 1 = the median cell of the frame.
+            image: float32 [B, 1, (Z,) Y, X], camera counts.
+            light: float32, same shape, 1 = the median cell of the frame. In stacks it is blurred along z first.
             styles: One row an image, from `styles_of`.
             noise: From `draw` for the same size.
 
         Returns:
-            float32 [B, 1, Y, X], camera counts.
+            float32, same shape, camera counts.
         """
         return self._by_rows(self._on_image, styles, light, image, noise)
 
     def _by_rows(
         self, render: Callable[..., Tensor], styles: FrameStyles, one: Tensor, two: Tensor, noise: Noise
     ) -> Tensor:
-        if one.device.type != "cpu":
+        if one.device.type != "cpu" and self.config.ndim == 2:
             return render(styles, one, two, noise)
         # CPU loops treat the last elements of a tensor differently from the others: one frame at a time keeps its bits
         # the same wherever in a batch it stands. The copies put every frame at an aligned address.
@@ -330,36 +472,81 @@ class Background(Stage):
         expected = base + lit
         flat = column("flat_variance")
         variance = torch.maximum(flat + column("gain") * (expected - column("level")), 0.1 * flat)
-        return self._expose(expected, variance, noise)
+        return self._expose(expected, variance, noise["camera"], styles["gain"])
+
+    def _on_volume_model(self, styles: FrameStyles, light: Tensor, labels: Tensor, noise: Noise) -> Tensor:
+        """One stack at a time: the blurs' widths are its own."""
+        style = {name: float(styles[name][0]) for name in styles.names}
+        place, size = noise["place"], light.shape[2:]
+        z, y, x = (
+            self._window(styles[name], place[:, i], n)
+            for name, i, n in zip(("depth", "height", "width"), (6, 0, 1), size)
+        )
+        across = style["field_y"] * y[:, None, None, :, None] + style["field_x"] * x[:, None, None, None, :]
+        unevenness = across + style["field_z"] * z[:, None, :, None, None]
+        base = style["level"] * (1 + unevenness).clamp(min=0.2)
+        lit = self._through_optics(styles, light)
+        for name, (axial, wide) in zip(VOLUME_HAZES, HAZE_BLURS):
+            if style[name] > 0:
+                base = base + style[name] * wide_blur_volume(lit, (axial, wide, wide))
+        glow = wide_blur_volume(lit, (CLING_BLUR[0], CLING_BLUR[1], CLING_BLUR[1])) / style["brightness"]
+        amplitude = modulation(glow, style["cling"], style["glow"])
+        for name, (axial, wide) in zip(VOLUME_TEXTURES, TEXTURE_BLURS):
+            if style[name] > 0:
+                base = base + style[name] * random_texture_volume(noise[name], size, (axial, wide, wide)) * amplitude
+        expected = base + lit
+        flat = style["flat_variance"]
+        variance = (flat + style["gain"] * (expected - style["level"])).clamp(min=0.1 * flat)
+        return self._expose(expected, variance, noise["camera"], styles["gain"])
+
+    def _through_optics(self, styles: FrameStyles, light: Tensor) -> Tensor:
+        """Counts that the cells' light makes in focus: [1, 1, (Z,) Y, X]."""
+        lit = light * styles["brightness"].reshape(-1, *[1] * (light.ndim - 1))
+        if self.config.ndim == 2:
+            return lit
+        lit = attenuate(lit, float(styles["attenuation"][0]))
+        return blur_axis(lit, float(styles["axial_sigma"][0]), 2)
 
     def _on_tile(self, styles: FrameStyles, light: Tensor, labels: Tensor, noise: Noise) -> Tensor:
-        side, place = self.tiles.shape[1], noise["place"]
+        place, stack = noise["place"], light.ndim == 5
         # a tile of the frame's own level, loosely: the nearest one after a random handicap
         gap = (self.tile_levels.clamp(min=1e-3).log() - styles["level"].clamp(min=1e-3).log()[:, None]).abs()
         index = torch.arange(len(self.tile_levels), device=light.device)
         handicap = 0.3 * ((place[:, 2, None] * len(index) + index) % len(index)) / len(index)
         tile = self.tiles.to(torch.float32)[(gap + handicap).argmin(1)]
-        turned = torch.where((place[:, 5, None, None] * 8).long() % 2 == 0, tile, tile.transpose(1, 2))
-        for axis, share in ((1, place[:, 3]), (2, place[:, 4])):
-            length = light.shape[axis + 1]
+        turn = (place[:, 5] * 8).long() % 2 == 0
+        # tiles are square across the axis, which stays upright: haze is not the same above and below
+        tile = torch.where(turn.reshape(-1, *[1] * (tile.ndim - 1)), tile, tile.transpose(-2, -1))
+        axes = [(tile.ndim - 2, place[:, 3], 2), (tile.ndim - 1, place[:, 4], 4)]
+        for axis, share, flips in [(1, place[:, 7], 0), *axes] if stack else axes:
+            side, length = tile.shape[axis], light.shape[axis + 1]
             span = max(side - length, 0) + 1 if length <= side else 2 * side
             start = (share * span).long().clamp(max=span - 1)
             folded = (start[:, None] + torch.arange(length, device=light.device)) % (2 * side)
             folded = torch.minimum(folded, 2 * side - 1 - folded)
-            flip = (place[:, 5] * 8).long() // (2 if axis == 1 else 4) % 2 == 1
-            folded = torch.where(flip[:, None], side - 1 - folded, folded)
-            shape = (len(light), length, turned.shape[2]) if axis == 1 else (len(light), turned.shape[1], length)
-            turned = turned.gather(axis, folded.unsqueeze(3 - axis).expand(shape))
-        return self._on_image(styles, light, turned[:, None], noise)
+            if flips:
+                flip = (place[:, 5] * 8).long() // flips % 2 == 1
+                folded = torch.where(flip[:, None], side - 1 - folded, folded)
+            place_of = folded.reshape(len(light), *[length if a == axis else 1 for a in range(1, tile.ndim)])
+            shape = [*tile.shape]
+            shape[axis] = length
+            tile = tile.gather(axis, place_of.expand(shape))
+        return self._on_image(styles, light, tile[:, None], noise)
 
     def _on_image(self, styles: FrameStyles, light: Tensor, image: Tensor, noise: Noise) -> Tensor:
-        lit = light * styles["brightness"][:, None, None, None]
-        return self._expose(image + lit, styles["gain"][:, None, None, None] * lit, noise)
+        lit = self._through_optics(styles, light)
+        gain = styles["gain"]
+        variance = gain.reshape(-1, *[1] * (light.ndim - 1)) * lit
+        return self._expose(image + lit, variance, noise["camera"], gain)
 
-    def _expose(self, expected: Tensor, variance: Tensor, noise: Noise) -> Tensor:
-        correlated = correlate_noise(noise["camera"], self.kernel)
+    def _expose(self, expected: Tensor, variance: Tensor, camera: Tensor, gain: Tensor) -> Tensor:
+        noise = correlate_noise(camera, self.kernel)
         config = self.config
-        return expose(expected, variance, correlated, integer=config.integer, saturation=config.saturation)
+        if config.read_noise > 0:
+            one = (0.5 * gain.clamp(min=1e-6)).reshape(-1, *[1] * (expected.ndim - 1))  # counts of one electron
+            electrons = (variance / one**2 - config.read_noise**2) / 2
+            noise = shape_noise(noise, electrons, self.noise_table)
+        return expose(expected, variance, noise, integer=config.integer, saturation=config.saturation)
 
     @staticmethod
     def _window(frame: Tensor, share: Tensor, length: int) -> Tensor:
@@ -367,6 +554,10 @@ class Background(Stage):
         pixel = torch.arange(length, device=frame.device) + 0.5
         start = share * (frame - length).clamp(min=0)
         return (start[:, None] + pixel) / frame.clamp(min=length)[:, None] * 2 - 1
+
+    @property
+    def _axes(self) -> str:
+        return "Z, Y, X" if self.config.ndim == 3 else "Y, X"
 
     def _require_fit(self) -> None:
         if not len(self.table):

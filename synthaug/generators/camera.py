@@ -105,19 +105,19 @@ def correlate_noise(white: Tensor, kernel: Tensor) -> Tensor:
     """Filter white noise by shifts and sums, whose bits do not depend on the batch as those of a convolution may.
 
     Args:
-        white: float32 [B, 1, Y + 2r, X + 2r].
+        white: float32 [B, 1, (Z,) Y + 2r, X + 2r].
         kernel: float32 [2r+1, 2r+1].
 
     Returns:
-        float32 [B, 1, Y, X].
+        float32 [B, 1, (Z,) Y, X].
     """
     taps = kernel.shape[0]
-    rows, columns = white.shape[2] - taps + 1, white.shape[3] - taps + 1
-    out = white[:, :, :rows, :columns] * kernel[0, 0]
+    rows, columns = white.shape[-2] - taps + 1, white.shape[-1] - taps + 1
+    out = white[..., :rows, :columns] * kernel[0, 0]
     for i in range(taps):
         for j in range(taps):
             if i or j:
-                out = out + white[:, :, i : i + rows, j : j + columns] * kernel[i, j]
+                out = out + white[..., i : i + rows, j : j + columns] * kernel[i, j]
     return out
 
 

@@ -51,9 +51,9 @@ cling, how much the amplitude of the wider textures grows with the blurred cells
 and width of the real frame in pixels."""
 
 BLOCK = 8  # pixels on a side of the blocks the slow fields are fitted to
-_NEAR = [(dy, dx) for dy in range(NOISE_RADIUS + 1) for dx in range(-NOISE_RADIUS, NOISE_RADIUS + 1) if dy or dx >= 0]
-_FAR = (4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40)
-_LAGS = _NEAR + [(r, 0) for r in _FAR] + [(0, r) for r in _FAR]
+NEAR = [(dy, dx) for dy in range(NOISE_RADIUS + 1) for dx in range(-NOISE_RADIUS, NOISE_RADIUS + 1) if dy or dx >= 0]
+FAR = (4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40)
+LAGS = NEAR + [(r, 0) for r in FAR] + [(0, r) for r in FAR]
 
 
 def cell_contrasts(
@@ -92,7 +92,7 @@ def cell_contrasts(
     return np.asarray(contrast, np.float32), np.asarray(local, np.float32)
 
 
-def _positions(size: int, length: int) -> NDArray[np.float64]:
+def positions(size: int, length: int) -> NDArray[np.float64]:
     """Centres of `length` pixels of a frame of `size` pixels in [-1, 1]."""
     return (np.arange(length) + 0.5) / size * 2 - 1
 
@@ -107,12 +107,12 @@ def _blocks(values: NDArray[np.float64], valid: NDArray[np.bool_]) -> tuple[NDAr
     return total / np.maximum(count, 1), count
 
 
-def _spread(values: NDArray[np.float64]) -> float:
+def spread_of(values: NDArray[np.float64]) -> float:
     """Robust standard deviation."""
     return 1.4826 * float(np.median(np.abs(values - np.median(values)))) if len(values) else 0.0
 
 
-def _texture_correlation(sigma: float, distance: NDArray[np.floating]) -> NDArray[np.float64]:
+def texture_correlation(sigma: float, distance: NDArray[np.floating]) -> NDArray[np.float64]:
     """Autocorrelation of white noise blurred by a Gaussian."""
     return np.exp(-(distance.astype(np.float64) ** 2) / (4 * sigma**2))
 
@@ -128,12 +128,13 @@ class FrameMeasure:
     """What one real frame tells; `row` is filled from it when all frames are known."""
 
     row: dict[str, float]
-    covariance: NDArray[np.float64]  # [len(_LAGS)], of the flat area around its smooth fit, counts^2
+    covariance: NDArray[np.float64]  # [len(LAGS)], of the flat area around its smooth fit, counts^2
     texture: NDArray[np.float64]  # [len(TEXTURE_SIGMAS)], variances, counts^2; the first is found when noise is known
     flat: float  # variance of the flat area after the high-pass, counts^2
     cells: NDArray[np.float64]  # [n, 4]: contrast, high-pass variance in its inside, y, x in [-1, 1]
     smooth: NDArray[np.float64]  # [Y, X], fitted background
     covered: NDArray[np.bool_]  # [Y, X], cells with their halo, and bright things that are not labelled
+    excess: float = 0.0  # counts over the level in the area that `flat` was read from
 
 
 def free_area(image: NDArray[np.float64], labels: NDArray[np.int32]) -> NDArray[np.bool_]:
@@ -154,7 +155,7 @@ def _fit_smooth(
     Non-negative least squares on block means with Tukey weights, so that fibres and debris count for nothing.
     """
     height, width = image.shape
-    where = (torch.from_numpy(_positions(height, height))[None], torch.from_numpy(_positions(width, width))[None])
+    where = (torch.from_numpy(positions(height, height))[None], torch.from_numpy(positions(width, width))[None])
     maps = [np.ones_like(image)]
     maps += [legendre(one[None], *where)[0, 0].numpy() for one in torch.eye(5, dtype=torch.float64)]
     light = torch.from_numpy(glow)[None, None]
@@ -170,7 +171,7 @@ def _fit_smooth(
     upper = np.concatenate([np.full(6, np.inf), np.full(len(maps) - 6, 0.5 * brightness)])
     # a weak pull of the field towards 0 keeps crowded frames, where it is told by a few blocks, from running away
     level = float(np.median(y))
-    noise = max(_spread(y), 1e-3)
+    noise = max(spread_of(y), 1e-3)
     pull = np.zeros((5, len(maps)))
     pull[np.arange(5), np.arange(1, 6)] = noise / max(0.15 * abs(level), 1e-6) * np.sqrt(BLOCK * BLOCK)
     keep = np.abs(y - level) < 6 * noise + 1e-3
@@ -182,7 +183,7 @@ def _fit_smooth(
         rhs = q.T @ np.concatenate([y * weight, np.zeros(5)])
         solution = optimize.lsq_linear(r, rhs, bounds=(lower, upper), method="bvls").x
         residual = y - design @ solution
-        scale = max(_spread(residual), 1e-3)
+        scale = max(spread_of(residual), 1e-3)
         weight = base * np.clip(1 - (residual / (5 * scale)) ** 2, 0.0, None)
     smooth = sum(s * m for s, m in zip(solution, maps))
     haze = np.zeros(len(HAZE_SIGMAS))
@@ -208,8 +209,8 @@ def measure_frame(image: NDArray[np.float64], labels: NDArray[np.int32], *, satu
 
     residual = image - smooth
     low = _masked_blur(residual, free, 1.5)
-    spread = max(_spread(low[free][::7]), 1e-3)
-    pixel = max(_spread(residual[free][::7]), 0.5)
+    spread = max(spread_of(low[free][::7]), 1e-3)
+    pixel = max(spread_of(residual[free][::7]), 0.5)
     odd = free & ((low > 8 * spread) | (np.abs(residual) > 9 * pixel))
     # the last of the cells' own halos ends some pixels beyond the margin
     clean = ndimage.binary_erosion(free, iterations=3, border_value=1) & ~ndimage.binary_dilation(odd, iterations=3)
@@ -217,17 +218,20 @@ def measure_frame(image: NDArray[np.float64], labels: NDArray[np.int32], *, satu
         clean = free & ~odd if (free & ~odd).sum() >= 100 else free
     level += float(residual[clean].mean())  # the fit itself follows the mode of a skewed background
     residual = residual - residual[clean].mean()
-    covariance = autocovariance(residual, clean, _LAGS)
-    far = covariance[len(_NEAR) :].reshape(2, -1).mean(0)
-    cling, mean_glow, power = _fit_cling(residual, clean, glow)
-    wide, _ = optimize.nnls(np.stack([_texture_correlation(s, np.array(_FAR)) for s in TEXTURE_SIGMAS[1:]], 1), far)
+    covariance = autocovariance(residual, clean, LAGS)
+    far = covariance[len(NEAR) :].reshape(2, -1).mean(0)
+    cling, mean_glow, power = 0.0, 0.0, 1.0
+    if glow.any():
+        blurred = wide_blur(torch.from_numpy(glow)[None, None], CLING_SIGMA)[0, 0].numpy()
+        cling, mean_glow, power = fit_cling(residual, clean, blurred)
+    wide, _ = optimize.nnls(np.stack([texture_correlation(s, np.array(FAR)) for s in TEXTURE_SIGMAS[1:]], 1), far)
     texture = np.concatenate([[0.0], wide / power])
 
     sharp = high_pass(image) ** 2
     inside = ndimage.binary_erosion(clean, iterations=2)
     flat = sharp[inside if inside.sum() >= 100 else clean]
     flat_variance = float(flat[flat < 30 * max(np.median(flat), 1e-3)].mean())  # 30 medians: 1 in 10^5 of a Gaussian's
-    cells = _cell_noise(image, labels, sharp, contrasts, saturation)
+    cells = cell_noise(image, labels, sharp, contrasts, saturation)
     unknown = ndimage.binary_dilation((low > 0.2 * brightness) & free, iterations=RING_INNER) if brightness else odd
     row = {"level": level, "brightness": brightness, "density": len(contrasts) / image.size}
     row |= dict(zip(HAZES, haze / brightness if brightness else np.full(len(haze), np.nan)))
@@ -242,17 +246,14 @@ def modulation(blurred: Tensor, cling: Tensor | float, glow: Tensor | float) -> 
     return (1 + cling * (blurred - glow)).clamp(0.2, 3.0)
 
 
-def _fit_cling(
-    residual: NDArray[np.float64], clean: NDArray[np.bool_], glow: NDArray[np.float64]
+def fit_cling(
+    residual: NDArray[np.float64], clean: NDArray[np.bool_], blurred: NDArray[np.float64]
 ) -> tuple[float, float, float]:
     """How the texture's amplitude follows the blurred cells: slope, their mean, mean square of the modulation."""
-    if not glow.any():
-        return 0.0, 0.0, 1.0
-    blurred = wide_blur(torch.from_numpy(glow)[None, None], CLING_SIGMA)[0, 0].numpy()
     # pairs at a lag without noise measure the texture alone
     lag = NOISE_RADIUS + 1
-    both = clean[:, lag:] & clean[:, :-lag]
-    product, near = (residual[:, lag:] * residual[:, :-lag])[both], blurred[:, lag:][both]
+    both = clean[..., lag:] & clean[..., :-lag]
+    product, near = (residual[..., lag:] * residual[..., :-lag])[both], blurred[..., lag:][both]
     if both.sum() < 400:
         return 0.0, 0.0, 1.0
     order = np.argsort(near)
@@ -265,7 +266,7 @@ def _fit_cling(
     return cling, mean, float((modulation(torch.from_numpy(near), cling, mean) ** 2).mean())
 
 
-def _cell_noise(
+def cell_noise(
     image: NDArray[np.float64],
     labels: NDArray[np.int32],
     sharp: NDArray[np.float64],
@@ -295,18 +296,18 @@ def _cell_noise(
     return table[(count >= 40) & (contrasts > 0)]
 
 
-_NEAR_DISTANCE = np.array([np.hypot(dy, dx) for dy, dx in _NEAR])
-_ORIGIN = _NEAR.index((0, 0))
+_NEAR_DISTANCE = np.array([np.hypot(dy, dx) for dy, dx in NEAR])
+_ORIGIN = NEAR.index((0, 0))
 
 
 def _near_covariance(m: FrameMeasure) -> NDArray[np.float64]:
     """Covariance at the short lags without the wide textures' share."""
-    wide = [v * _texture_correlation(s, _NEAR_DISTANCE) for v, s in zip(m.texture[1:], TEXTURE_SIGMAS[1:])]
-    return m.covariance[: len(_NEAR)] - np.sum(wide, axis=0)
+    wide = [v * texture_correlation(s, _NEAR_DISTANCE) for v, s in zip(m.texture[1:], TEXTURE_SIGMAS[1:])]
+    return m.covariance[: len(NEAR)] - np.sum(wide, axis=0)
 
 
-def fit_kernel(measures: Sequence[FrameMeasure], integer: bool) -> NDArray[np.float32]:
-    """The noise filter all frames share, from the median of their autocorrelations."""
+def fit_kernel(measures: Sequence[FrameMeasure], integer: bool, *, gate: float = 0.12) -> NDArray[np.float32]:
+    """The noise filter all frames share, from the median of their autocorrelations; `gate` as in `noise_kernel`."""
     correlations = []
     for m in measures:
         near = _near_covariance(m)
@@ -316,9 +317,9 @@ def fit_kernel(measures: Sequence[FrameMeasure], integer: bool) -> NDArray[np.fl
     square = np.zeros((2 * NOISE_RADIUS + 1, 2 * NOISE_RADIUS + 1))
     square[NOISE_RADIUS, NOISE_RADIUS] = 1
     if correlations:
-        for (dy, dx), value in zip(_NEAR, np.median(correlations, axis=0)):
+        for (dy, dx), value in zip(NEAR, np.median(correlations, axis=0)):
             square[NOISE_RADIUS + dy, NOISE_RADIUS + dx] = square[NOISE_RADIUS - dy, NOISE_RADIUS - dx] = value
-    return noise_kernel(square)
+    return noise_kernel(square, gate=gate)
 
 
 def fill_rows(measures: Sequence[FrameMeasure], kernel: NDArray[np.float32], integer: bool) -> None:
@@ -329,8 +330,8 @@ def fill_rows(measures: Sequence[FrameMeasure], kernel: NDArray[np.float32], int
         # what the high-pass leaves of correlated noise is little, and no filter is known that well: take it as observed
         seen = [(m.flat - quantisation) / max(_near_covariance(m)[_ORIGIN] - quantisation, 1e-12) for m in measures]
         response = float(np.clip(np.median(seen), 1e-3, 10.0))
-    own_correlation = filter_correlation(kernel.astype(np.float64), _NEAR)
-    fine = _texture_correlation(TEXTURE_SIGMAS[0], _NEAR_DISTANCE)
+    own_correlation = filter_correlation(kernel.astype(np.float64), NEAR)
+    fine = texture_correlation(TEXTURE_SIGMAS[0], _NEAR_DISTANCE)
     fine[_ORIGIN] = 0.0
     slopes = []
     for m in measures:
@@ -346,7 +347,10 @@ def fill_rows(measures: Sequence[FrameMeasure], kernel: NDArray[np.float32], int
     for m, slope in zip(measures, slopes):
         own = float(np.median(slope)) if len(slope) else common
         m.row["gain"] = max((len(slope) * own + 10 * common) / (len(slope) + 10), 0.0)
-    for name in ("brightness", *HAZES):
+    for m in measures:
+        # what the flat area shows includes the noise of the haze that lies over it
+        m.row["flat_variance"] = max(m.row["flat_variance"] - m.row["gain"] * m.excess, 0.05 * m.row["flat_variance"])
+    for name in ("brightness", *(n for n in measures[0].row if n.startswith("haze_"))):
         told = [m.row[name] for m in measures if m.row["brightness"] > 0 and np.isfinite(m.row[name])]
         usual = float(np.median(told)) if told else 0.0
         for m in measures:
@@ -369,15 +373,17 @@ def inpaint(image: NDArray[np.float64], hole: NDArray[np.bool_], level: float) -
     return expected
 
 
-def fit_jitter(table: NDArray[np.float32], bandwidth: float) -> NDArray[np.float32]:
+def fit_jitter(
+    table: NDArray[np.float32], bandwidth: float, names: Sequence[str] = NAMES, positive: Sequence[str] = POSITIVE
+) -> NDArray[np.float32]:
     """Kernel width of each column; 0 for the frame's size."""
-    out = np.zeros(len(NAMES), np.float32)
-    for i, name in enumerate(NAMES):
-        if name in POSITIVE:
+    out = np.zeros(len(names), np.float32)
+    for i, name in enumerate(names):
+        if name in positive:
             some = table[:, i][table[:, i] > 0].astype(np.float64)
-            out[i] = bandwidth * min(_spread(np.log(some)), 0.5)
-        elif name in FIELDS:
-            out[i] = bandwidth * _spread(table[:, i].astype(np.float64))
+            out[i] = bandwidth * min(spread_of(np.log(some)), 0.5)
+        elif name.startswith("field_"):
+            out[i] = bandwidth * spread_of(table[:, i].astype(np.float64))
     return out
 
 
@@ -397,7 +403,7 @@ def fit_light_field(measures: Sequence[FrameMeasure]) -> NDArray[np.float32]:
     for _ in range(8):
         solution = np.linalg.lstsq(design * weight[:, None], target * weight, rcond=None)[0]
         residual = target - design @ solution
-        weight = np.sqrt(np.clip(1 - (residual / (4.7 * _spread(residual) + 1e-9)) ** 2, 0.0, None) ** 2)
+        weight = np.sqrt(np.clip(1 - (residual / (4.7 * spread_of(residual) + 1e-9)) ** 2, 0.0, None) ** 2)
     inverse = np.linalg.inv((design * weight[:, None]).T @ (design * weight[:, None]))
-    error = _spread(residual) * np.sqrt(np.diag(inverse))
+    error = spread_of(residual) * np.sqrt(np.diag(inverse))
     return np.where(np.abs(solution) > 3 * error, solution, 0.0)[1:].astype(np.float32)

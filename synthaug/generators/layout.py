@@ -1,8 +1,12 @@
-"""How real cells lie in their frames: outlines, gaps between neighbours, and how much their number varies."""
+"""How real cells lie in their frames: outlines, gaps between neighbours, and how much their number varies.
+
+Annotated planes of volumes are frames of their own here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,15 +14,19 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial.distance import cdist
+from scipy.stats import wasserstein_distance
 
 from synthaug.randomness import SampleKey
-from synthaug.types import Cells
+from synthaug.types import UNLABELLED, Cells
 
 Labels = NDArray[np.int32]
 
+FAR_OUTSIDE = 99.0
+"""Distance to the outline in a slice that a cell does not reach, pixels."""
+
 
 def drop_small(labels: NDArray[np.integer[Any]], min_area: int) -> Labels:
-    """Labels [Y, X] renumbered from 1 without the instances under `min_area` pixels."""
+    """Labels [(Z,) Y, X] renumbered from 1 without the instances under `min_area` pixels (voxels)."""
     ids, inverse = np.unique(labels, return_inverse=True)
     keep = (np.bincount(inverse.ravel(), minlength=len(ids)) >= min_area) & (ids != 0)
     return np.where(keep, np.cumsum(keep), 0)[inverse].reshape(labels.shape).astype(np.int32)
@@ -35,6 +43,46 @@ def whole_masks(labels: Labels) -> list[NDArray[np.bool_]]:
 
 def cells_of_masks(masks: Sequence[NDArray[np.bool_]]) -> Cells:
     """Cells without texture, light 1 inside; the largest 2 % are left out, lest one of them blow up every crop."""
+    stack = _crops(masks)
+    sdf = np.stack([_distances(crop) for crop in stack])
+    ones = torch.ones(len(stack))
+    return Cells(
+        image=torch.from_numpy(stack[:, None].astype(np.float32)),
+        sdf=torch.from_numpy(sdf[:, None]),
+        brightness=ones,
+        scale=ones,
+    )
+
+
+def cells_of_sections(masks: Sequence[NDArray[np.bool_]], depth: float, most: int = 64) -> Cells:
+    """Stacks without texture whose middle slices are these masks, and which get thinner as a ball does.
+
+    Planes cut cells at any height; the larger half of the sections passes for cuts near the middle.
+
+    Args:
+        masks: bool [y, x] each, sections of whole cells.
+        depth: planes that a cell of median size spans.
+        most: cells made.
+    """
+    areas = np.array([mask.sum() for mask in masks])
+    central = [mask for mask, area in zip(masks, areas) if area >= np.median(areas)]
+    crops = _crops([central[i] for i in np.unique(np.linspace(0, len(central) - 1, most).round().astype(int))])
+    inside = [ndimage.distance_transform_edt(crop) for crop in crops]
+    radii = np.array([distance.max() for distance in inside])
+    depths = depth * radii / np.median(radii)
+    slices = int(np.ceil(depths.max()))
+    height = (np.arange(slices) - (slices - 1) / 2) / (depths[:, None] / 2)  # -1 and 1 are the poles
+    sdf = np.full((len(crops), slices, *crops.shape[1:]), FAR_OUTSIDE, np.float32)
+    for i, k in np.argwhere(np.abs(height) < 1):
+        mask = inside[i] > radii[i] * (1 - np.sqrt(1 - height[i, k] ** 2))
+        if mask.any():
+            sdf[i, k] = _distances(mask)
+    ones = torch.ones(len(crops))
+    return Cells(torch.from_numpy((sdf < 0).astype(np.float32)), torch.from_numpy(sdf), ones, ones)
+
+
+def _crops(masks: Sequence[NDArray[np.bool_]]) -> NDArray[np.bool_]:
+    """The masks in the middle of square crops [n, P, P] in which they can be turned, without the largest 2 %."""
     diagonals = np.array([np.hypot(*mask.shape) for mask in masks])
     side = 8 * int(np.ceil((np.quantile(diagonals, 0.98) + 2) / 8))
     fitting = [mask for mask, diagonal in zip(masks, diagonals) if diagonal + 2 <= side]
@@ -42,15 +90,28 @@ def cells_of_masks(masks: Sequence[NDArray[np.bool_]]) -> Cells:
     for crop, mask in zip(stack, fitting):
         top, left = (side - mask.shape[0]) // 2, (side - mask.shape[1]) // 2
         crop[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
+    return stack
+
+
+def _distances(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
     distances = ndimage.distance_transform_edt
-    sdf = np.stack([np.where(crop, 0.5 - distances(crop), distances(~crop) - 0.5) for crop in stack]).astype(np.float32)
-    ones = torch.ones(len(fitting))
-    return Cells(
-        image=torch.from_numpy(stack[:, None].astype(np.float32)),
-        sdf=torch.from_numpy(sdf[:, None]),
-        brightness=ones,
-        scale=ones,
-    )
+    return np.asarray(np.where(mask, 0.5 - distances(mask), distances(~mask) - 0.5), np.float32)
+
+
+def annotated(volume: NDArray[np.integer[Any]]) -> list[int]:
+    """Planes of labels [Z, Y, X] that somebody annotated."""
+    return [int(z) for z in np.flatnonzero((volume != UNLABELLED).any((1, 2)))]
+
+
+def depth(labels: Sequence[Labels]) -> float:
+    """Mean number of planes that instances of wholly annotated volumes span, those cut by the border left out."""
+    spans = [
+        box[0].stop - box[0].start
+        for volume in labels
+        for box in ndimage.find_objects(volume)
+        if box is not None and all(s.start > 0 and s.stop < n for s, n in zip(box, volume.shape))
+    ]
+    return float(np.mean(spans)) if spans else 0.0
 
 
 def neighbour_gaps(labels: Labels) -> NDArray[np.float64]:
@@ -85,9 +146,61 @@ def neighbour_gaps(labels: Labels) -> NDArray[np.float64]:
     return gaps - 1
 
 
-def reached_area(size: tuple[int, int], reach: float) -> float:
-    """Pixels in which the centre of a cell may lie so that the cell is seen on a canvas of `size`."""
-    return (size[0] + reach) * (size[1] + reach)
+def middles(labels: Labels) -> NDArray[np.float64]:
+    """Centres of the instances of a wholly annotated volume, float64 [n, 3]."""
+    ids = np.arange(1, labels.max(initial=0) + 1)
+    return np.array(ndimage.center_of_mass(labels > 0, labels, ids), np.float64).reshape(-1, 3)
+
+
+def moments(volumes: Sequence[Labels]) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Mean [3] and covariance [3, 3] of the positions of all labelled voxels of each wholly annotated volume."""
+    voxels = [np.argwhere(volume > 0).astype(np.float64) for volume in volumes]
+    few = (np.zeros(3), np.zeros((3, 3)))
+    return [(v.mean(0), np.cov(v.T)) if len(v) > 1 else few for v in voxels]
+
+
+def near_gaps(gaps: NDArray[np.float64], diameter: float) -> tuple[int, ...]:
+    """Quantiles of the gaps between cells that lie next to each other, whole pixels.
+
+    Args:
+        gaps: of `neighbour_gaps`.
+        diameter: of a typical cell, pixels.
+    """
+    near = gaps[gaps <= max(diameter / 8, 1)]  # farther neighbours are there without clustering, too
+    return tuple(int(g) for g in np.quantile(near, (np.arange(32) + 0.5) / 32).round()) if len(near) else (0,)
+
+
+def fit_clustering(
+    real: NDArray[np.float64], diameter: float, trial: Callable[[float, int], NDArray[np.float64]]
+) -> tuple[float, int]:
+    """Clustering probability and clearance (pixels) with which trials give the real gaps between neighbours.
+
+    The boundary-to-boundary gap is compared (Wasserstein distance), not that of centroids: it is what clustering
+    changes, whatever the cells' sizes and elongations.
+
+    Args:
+        real: gaps, pixels.
+        diameter: of a typical cell, pixels.
+        trial: from clustering probability and clearance to the gaps they give.
+    """
+
+    @functools.cache
+    def distance(clustering: float, clearance: int) -> float:
+        gaps = trial(clustering, clearance)
+        return float(wasserstein_distance(real, gaps)) if len(gaps) else np.inf
+
+    p = 0.2
+    for step in (0.1, 0.05):
+        clearance = min((round(diameter * c / 5) for c in range(6)), key=lambda c: distance(p, c))
+        around = np.arange(11) / 10 if step == 0.1 else np.clip([p - step, p, p + step], 0, 1)
+        p = min((round(float(q), 2) for q in around), key=lambda q: distance(q, clearance))
+    return p, clearance
+
+
+def reached_area(size: Sequence[int], reach: float, reach_z: float = 0.0) -> float:
+    """Pixels (voxels) in which the centre of a cell may lie so that the cell is seen on a canvas of `size`."""
+    flat = (size[-2] + reach) * (size[-1] + reach)
+    return flat if len(size) == 2 else (size[0] + reach_z) * flat
 
 
 def reach(masks: Sequence[NDArray[np.bool_]], min_area: int) -> float:
@@ -95,13 +208,25 @@ def reach(masks: Sequence[NDArray[np.bool_]], min_area: int) -> float:
 
     A cell h rows high can be shifted over Y + h - 1 positions with at least one row on a canvas of Y rows; the first
     and the last few of them show fewer than `min_area` pixels.
+
+    Args:
+        masks: bool [y, x] each.
+        min_area: pixels.
     """
-    extents = []
-    for mask in masks:
-        for rows in (mask.sum(1), mask.sum(0)):
-            lost = [int(np.searchsorted(np.cumsum(side), min_area)) for side in (rows, rows[::-1])]
-            extents.append(len(rows) - 1 - sum(lost))
-    return max(float(np.mean(extents)), 0.0)
+    return max(float(np.mean([_extent(rows, min_area) for mask in masks for rows in (mask.sum(1), mask.sum(0))])), 0.0)
+
+
+def reach_volume(masks: NDArray[np.bool_], min_volume: int) -> tuple[float, float]:
+    """The same for stacks [n, S, P, P]: voxels along z, and along each axis of the plane."""
+    projections = [[mask.sum(tuple({0, 1, 2} - {axis})) for mask in masks] for axis in range(3)]
+    means = [float(np.mean([_extent(np.trim_zeros(rows), min_volume) for rows in axis])) for axis in projections]
+    return max(means[0], 0.0), max((means[1] + means[2]) / 2, 0.0)
+
+
+def _extent(rows: NDArray[np.integer[Any]], least: int) -> int:
+    """Positions beyond those of its canvas at which an object with these row sums shows `least` pixels."""
+    lost = [int(np.searchsorted(np.cumsum(side), least)) for side in (rows, rows[::-1])]
+    return len(rows) - 1 - sum(lost)
 
 
 def dispersion(frames: Sequence[Labels], reach: float, min_area: int) -> float:

@@ -1,11 +1,14 @@
 """Cells to populations: rotate, flip, place one after another, add up the light (paper, "Cell Population Synthesis").
 
 The clustering probability, the gaps between neighbours and the spread of the number of cells are fitted to real labels.
+
+Frames and volumes are made by the same stage. In a volume cells are turned and mirrored in plane (the optical axis has a
+blur of its own, so they are never tilted), may be mirrored along z, and are put at whole planes: what they are shifted by
+beyond that is in their slices already. They can be confined to a region (`region.py`).
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import wasserstein_distance
 from torch import Tensor
 
 from synthaug.errors import InputError
 from synthaug.generators import layout
+from synthaug.generators.region import Region
 from synthaug.generators.stage import Noise, Stage
-from synthaug.kernels.compositing import composite, resample
+from synthaug.kernels.compositing import composite, resample, resample_stacks
 from synthaug.randomness import SampleKey
 from synthaug.types import Cells, Scenes
 
@@ -30,15 +33,19 @@ class PopulationConfig:
     """What is fitted to the label images of a data set.
 
     Attributes:
-        min_area: pixels an instance must keep on the canvas, >= 1.
+        min_area: pixels (voxels) an instance must keep on the canvas, >= 1.
         clustering: probability p in [0, 1] that a cell is placed next to one that is already there.
         gaps: quantiles of the gap to that neighbour, whole pixels >= 0, ascending; 0 means touching.
         clearance: pixels >= 0 which the other cells keep from their neighbours at most; each keeps a random part of it.
-        reach: pixels by which the canvas grows, along each axis, for the centres of cells that keep `min_area` on it.
-        frame_size: (Y, X) of the frames in which densities were counted; (0, 0): density is taken as it is.
+        reach: pixels by which the canvas grows, along Y and X, for the centres of cells that keep `min_area` on it.
+        frame_size: ((Z,) Y, X) of the frames in which densities were counted; (0, 0): density is taken as it is.
         dispersion: variance over mean of the number of cells in small windows of one frame; 0 = none, 1 = Poisson's.
         num_tries: candidate positions a cell gets in each way of placing.
         gain_sigma: standard deviation of the log of the brightness gain a cell gets every time it is used.
+        z_spacing: pixels of the image plane from plane to plane, > 0; gaps and clearances along z are counted with it.
+        reach_z: planes by which a volume grows along Z, as `reach`.
+        mirror_z: whether cells of volumes are also mirrored along z.
+        region: where in a volume cells lie; None = anywhere.
     """
 
     min_area: int = 1
@@ -46,61 +53,113 @@ class PopulationConfig:
     gaps: tuple[int, ...] = (0,)
     clearance: int = 0
     reach: float = 0.0
-    frame_size: tuple[int, int] = (0, 0)
+    frame_size: tuple[int, ...] = (0, 0)
     dispersion: float = 0.0
     num_tries: int = 64
-    gain_sigma: float = 0.1
+    gain_sigma: float = 0.04
+    z_spacing: float = 1.0
+    reach_z: float = 0.0
+    mirror_z: bool = True
+    region: Region | None = None
 
     def __post_init__(self) -> None:
-        if self.min_area < 1 or not 0 <= self.clustering <= 1 or self.num_tries < 1:
-            raise InputError("PopulationConfig", expected="min_area, num_tries >= 1, clustering in [0, 1]", got=self)
-        if not self.gaps or min(self.gaps) < 0 or min(self.clearance, self.reach, self.dispersion, self.gain_sigma) < 0:
+        if isinstance(self.region, dict):  # from a config file
+            object.__setattr__(self, "region", Region(**self.region))
+        if self.min_area < 1 or not 0 <= self.clustering <= 1 or self.num_tries < 1 or self.z_spacing <= 0:
+            raise InputError(
+                "PopulationConfig",
+                expected="min_area, num_tries >= 1, clustering in [0, 1], z_spacing > 0",
+                got=self,
+            )
+        lowest = min(self.clearance, self.reach, self.reach_z, self.dispersion, self.gain_sigma)
+        if not self.gaps or min(self.gaps) < 0 or lowest < 0:
             raise InputError(
                 "PopulationConfig", expected="gaps, clearance, reach, dispersion and gain_sigma >= 0", got=self
             )
+        if self.region is not None and (len(self.frame_size) != 3 or min(self.frame_size) < 1):
+            raise InputError("PopulationConfig", expected="frame_size (Z, Y, X) beside a region", got=self.frame_size)
+
+    def at_scale(self, z: float, plane: float) -> PopulationConfig:
+        """For voxels `z` times as deep and `plane` times as wide."""
+        sizes = (z, plane, plane)[-len(self.frame_size) :]
+        region = self.region
+        if region is not None:
+            axes = tuple((a / z, b / plane, c / plane) for a, b, c in region.semi_axes)
+            region = replace(region, semi_axes=axes)
+        return replace(
+            self,
+            min_area=max(round(self.min_area / (z * plane**2)), 1),
+            gaps=tuple(round(gap / plane) for gap in self.gaps),
+            clearance=round(self.clearance / plane),
+            reach=self.reach / plane,
+            frame_size=tuple(round(n / f) for n, f in zip(self.frame_size, sizes)),
+            z_spacing=self.z_spacing * z / plane,
+            reach_z=self.reach_z / z,
+            region=region,
+        )
 
 
 class PopulationSynthesis(Stage):
-    """Places single cells on an empty (or partly occupied) canvas; no pixel is ever overwritten."""
+    """Places single cells on an empty (or partly occupied) canvas, 2D or 3D; no pixel is ever overwritten."""
 
     config_class = PopulationConfig
     config: PopulationConfig
 
     @classmethod
-    def fit(cls, labels: Sequence[NDArray[np.integer[Any]]], *, min_area: int) -> PopulationSynthesis:
+    def fit(
+        cls,
+        labels: Sequence[NDArray[np.integer[Any]]],
+        *,
+        min_area: int,
+        z_spacing: float = 1.0,
+        depth: float | None = None,
+        counts_per_volume: Sequence[float] | None = None,
+        centres: Sequence[NDArray[Any]] | None = None,
+        moments: Sequence[tuple[NDArray[Any], NDArray[Any]]] | None = None,
+    ) -> PopulationSynthesis:
         """Fit all of the configuration to real label images; a few seconds.
 
+        Volumes need annotations in single planes only: clustering is fitted to the gaps seen in these planes, by placing
+        stacks made of the real outlines and looking at the same planes. What planes cannot tell are arguments; for
+        volumes annotated in every plane the defaults are measured instead.
+
         Args:
-            labels: int [Y, X] each, 0 = background. Instances under `min_area` pixels are ignored.
-            min_area: pixels an instance must have, >= 1.
+            labels: int [Y, X] each, 0 = background, or int [Z, Y, X] each, where planes that nobody annotated hold
+                `UNLABELLED`. Instances under `min_area` pixels (in planes: `min_area` to the power 2/3) are ignored.
+            min_area: pixels (voxels) an instance must have, >= 1.
+            z_spacing: pixels of the image plane from plane to plane, > 0.
+            depth: planes that a cell spans on average; by default as long as its outline is wide.
+            counts_per_volume: cells of each whole volume; by default from the cells of a plane and `depth`.
+            centres: float [n, 3] (ZYX, voxels) each, middles of any n cells of each volume: cells are confined to a
+                region if those of the real volumes are; by default (if planes are missing) they are not.
+            moments: mean [3] and covariance [3, 3] of the positions (ZYX, voxels) of each volume's bright voxels; by
+                default those of the centres.
 
         Raises:
-            InputError: no frame holds a cell that is not cut by the border.
+            InputError: no frame holds a cell that is not cut by the border, or arguments do not fit each other.
         """
         if min_area < 1:
             raise InputError("min_area", expected="a number of pixels >= 1", got=min_area)
+        dimensions = {np.ndim(frame) for frame in labels}
+        if len(dimensions) > 1 or not dimensions <= {2, 3}:
+            raise InputError("labels", expected="all [Y, X] or all [Z, Y, X]", got=f"{sorted(dimensions)} axes")
+        if dimensions == {3}:
+            return cls(_fit_volumes(labels, min_area, z_spacing, depth, counts_per_volume, centres, moments))
         frames = [layout.drop_small(np.asarray(frame), min_area) for frame in labels]
-        masks = [mask for frame in frames for mask in layout.whole_masks(frame)]
-        if not masks:
-            raise InputError(
-                "labels",
-                expected=f"at least one cell of {min_area} pixels or more that is not cut by the border",
-                got=f"none in {len(frames)} frames",
-                remedy="Give other frames or a smaller min_area.",
-            )
+        masks = _whole_masks(frames, min_area)
         reach = layout.reach(masks, min_area)
         config = PopulationConfig(
             min_area=min_area,
             reach=reach,
-            frame_size=(int(np.median([f.shape[0] for f in frames])), int(np.median([f.shape[1] for f in frames]))),
+            frame_size=_median_size(frames),
             dispersion=layout.dispersion(frames, reach, min_area),
         )
-        return cls(replace(config, **_fit_clustering(frames, masks, config)))
+        return cls(replace(config, **_fit_frames(frames, masks, config)))
 
     def num_cells(
         self,
         keys: Sequence[SampleKey],
-        size: tuple[int, int],
+        size: tuple[int, ...],
         density: Tensor,
         *,
         num_cells: int | tuple[int, int] | None = None,
@@ -108,18 +167,20 @@ class PopulationSynthesis(Stage):
         """How many labelled cells each frame asks for, border-cut ones included; row i depends on `keys[i]` alone.
 
         By default density x area, where both are corrected for the cells cut by the border (a small canvas shows more
-        of them per pixel than a large frame), with the spread that windows of real frames have, rounded at random.
+        of them per pixel than a large frame), with the spread that windows of real frames have, rounded at random. With
+        a region, density x volume of a real frame is what a whole region holds, and a canvas that is smaller than the
+        region shows a part of it, larger or smaller according to its place.
 
         Args:
             keys: B keys.
-            size: (Y, X) of the canvas.
-            density: float [B], labelled instances per pixel of a real frame, border-cut ones included.
+            size: ((Z,) Y, X) of the canvas.
+            density: float [B], labelled instances per pixel (voxel) of a real frame, border-cut ones included.
             num_cells: fixed number, or (lowest, highest) to draw from, both included.
 
         Raises:
             InputError: a negative number, an empty range, or densities that are not one a key.
         """
-        _check_size(size)
+        self._check_size(size)
         if num_cells is not None:
             low, high = (num_cells, num_cells) if isinstance(num_cells, int | np.integer) else num_cells
             if not 0 <= low <= high:
@@ -127,8 +188,12 @@ class PopulationSynthesis(Stage):
             return [int(key.child("count").numpy().integers(low, high + 1)) for key in keys]
         if density.shape != (len(keys),) or bool((density < 0).any()):
             raise InputError("density", expected=f"{len(keys)} numbers >= 0", got=tuple(density.shape))
+        region = self.config.region
+        if region is not None:
+            totals = [value * math.prod(self.config.frame_size) for value in density.tolist()]
+            return [region.count(k.child("count"), size, self._reach(), n) for k, n in zip(keys, totals)]
         area = self._reached_area(size)
-        frame_area, share = float(size[0] * size[1]), 0.0
+        frame_area, share = float(math.prod(size)), 0.0
         if min(self.config.frame_size) > 0:
             reached = self._reached_area(self.config.frame_size)
             frame_area = area * math.prod(self.config.frame_size) / reached
@@ -145,50 +210,79 @@ class PopulationSynthesis(Stage):
         return counts
 
     def draw(  # type: ignore[override]  # the number of random numbers depends on the number of cells
-        self, keys: Sequence[SampleKey], size: tuple[int, int], num_cells: Sequence[int]
+        self, keys: Sequence[SampleKey], size: tuple[int, ...], num_cells: Sequence[int]
     ) -> Noise:
         """All random numbers, rows padded with zeros to max(num_cells) = n; row i depends on `keys[i]`, `num_cells[i]`.
 
         Returns:
             "rotation" [B, n, 2] cosine and sine, "flip" [B, n] (+1 or -1), "gain" [B, n] > 0, "cluster" [B, n] in
-            [0, 1), "position" and "direction" [B, n, T, 2], "gap" [B, n, T] in [0, 1); float32.
+            [0, 1), "position" and "direction" [B, n, T, 2 or 3], "gap" [B, n, T] in [0, 1); float32. In 3D also
+            "mirror" [B, n] (+1 or -1) and "choice" [B, n, T, 2] in [0, 1), and with a region "region" float64
+            [B, 7, 3], whose unit ball then holds the positions.
         """
-        _check_size(size)
-        n, t = max(num_cells, default=0), self.config.num_tries
+        self._check_size(size)
+        n, t, axes = max(num_cells, default=0), self.config.num_tries, len(size)
         shapes = {
             "rotation": (2,),
             "flip": (),
             "gain": (),
             "cluster": (),
-            "position": (t, 2),
-            "direction": (t, 2),
+            "position": (t, axes),
+            "direction": (t, axes),
             "gap": (t,),
         }
+        if axes == 3:
+            shapes |= {"mirror": (), "choice": (t, 2)}
         noise = {name: torch.zeros((len(keys), n, *shape)) for name, shape in shapes.items()}
+        if self.config.region is not None:
+            noise["region"] = torch.zeros((len(keys), 7, 3), dtype=torch.float64)
         for row, (key, count) in enumerate(zip(keys, num_cells, strict=True)):
             # Sines and exponentials are taken row by row: vector code may round them otherwise in another batch
             random = key.child("placement").numpy()
-            angle = random.random((count, t + 1)) * (2 * np.pi)
-            cosine, sine = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-            values = {
-                "rotation": np.stack([cosine[:, 0], sine[:, 0]], axis=-1),
-                "flip": np.where(random.random(count) < 0.5, -1.0, 1.0),
-                "gain": np.exp(self.config.gain_sigma * random.standard_normal(count)),
-                "cluster": random.random(count, dtype=np.float32),
-                "position": random.random((count, t, 2), dtype=np.float32),
-                "direction": np.stack([sine[:, 1:], cosine[:, 1:]], axis=-1),
-                "gap": random.random((count, t), dtype=np.float32),
-            }
+            values = self._values(random, count, axes)
+            if axes == 3:
+                values |= self._values_3d(random, count, values["direction"])
+            if self.config.region is not None:
+                ellipsoid = self.config.region.ellipsoid(random, size, self._reach(), count)
+                points = self.config.region.positions(random, ellipsoid, size, self._reach(), count * t)
+                noise["region"][row] = torch.from_numpy(ellipsoid)
+                values["position"] = points.reshape(count, t, 3)
             for name, value in values.items():
                 noise[name][row, :count] = torch.from_numpy(np.asarray(value, np.float32))
         return noise
+
+    def _values(self, random: np.random.Generator, count: int, axes: int) -> dict[str, NDArray[Any]]:
+        """One row's numbers; directions in the plane."""
+        t = self.config.num_tries
+        angle = random.random((count, t + 1)) * (2 * np.pi)
+        cosine, sine = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+        return {
+            "rotation": np.stack([cosine[:, 0], sine[:, 0]], axis=-1),
+            "flip": np.where(random.random(count) < 0.5, -1.0, 1.0),
+            "gain": np.exp(self.config.gain_sigma * random.standard_normal(count)),
+            "cluster": random.random(count, dtype=np.float32),
+            "position": random.random((count, t, axes), dtype=np.float32),
+            "direction": np.stack([sine[:, 1:], cosine[:, 1:]], axis=-1),
+            "gap": random.random((count, t), dtype=np.float32),
+        }
+
+    def _values_3d(self, random: np.random.Generator, count: int, flat: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        """What one row has besides in 3D, and directions in space made of those in the plane."""
+        t = self.config.num_tries
+        height = random.uniform(-1, 1, (count, t, 1))
+        chance = 0.5 if self.config.mirror_z else 0.0
+        return {
+            "direction": np.concatenate([height, np.sqrt(1 - height**2) * flat], axis=-1),
+            "choice": random.random((count, t, 2), dtype=np.float32),
+            "mirror": np.where(random.random(count) < chance, -1.0, 1.0),
+        }
 
     def forward(
         self,
         cells: Cells,
         picks: Sequence[Tensor],
         noise: Noise,
-        size: tuple[int, int],
+        size: tuple[int, ...],
         *,
         clustering: float | None = None,
         occupied: Tensor | None = None,
@@ -199,13 +293,13 @@ class PopulationSynthesis(Stage):
         `num_requested`. Light adds up, also that of the parts of a cell beyond its mask.
 
         Args:
-            cells: the bank, one slice (S = 1); on any device.
+            cells: the bank, one slice (S = 1) for frames, S planes for volumes; on any device.
             picks: B tensors, int64 [n_i], which cells go into frame i; n_i <= the `num_cells[i]` noise was drawn for.
             noise: of `draw`.
-            size: (Y, X) of the canvas.
+            size: ((Z,) Y, X) of the canvas, as noise was drawn.
             clustering: probability in [0, 1] instead of the fitted one.
-            occupied: int32 [B, 1, Y, X], labels of what is there already, not to be touched; new cells cluster next
-                to it too, but the returned labels hold the new cells alone.
+            occupied: int32 [B, 1, (Z,) Y, X], labels of what is there already, not to be touched; new cells cluster next
+                to it too, and a region is that of the cells in it, but the returned labels hold the new cells alone.
 
         Returns:
             light and labels on the device of `cells`.
@@ -214,15 +308,19 @@ class PopulationSynthesis(Stage):
             InputError: arguments that do not fit each other.
         """
         p = self.config.clustering if clustering is None else clustering
-        _check_forward(cells, picks, noise, size, p, occupied)
+        self._check_forward(cells, picks, noise, size, p, occupied)
         device, counts = cells.image.device, [len(pick) for pick in picks]
-        chosen = cells.select(torch.cat([*picks, torch.empty(0, dtype=torch.int64)]).to(device)).to("cpu")
-        drawn = {
-            name: torch.cat([value.flatten(0, 1)[:0], *(value[i, :n] for i, n in enumerate(counts))])
-            for name, value in noise.items()
-        }
-        image, sdf = resample(chosen, drawn["rotation"], drawn["flip"])
-        labels, corners = self._place(sdf < 0, drawn, counts, p, _compact(occupied, len(picks), size))
+        chosen = cells.select(torch.cat([*picks, torch.empty(0, dtype=torch.int64)]).to(device))
+        if device.type != "cpu":
+            chosen = chosen.to("cpu")
+        drawn = _of_cells(noise, counts)
+        if len(size) == 2:
+            image, sdf = resample(chosen, drawn["rotation"], drawn["flip"])
+            labels, corners = self._place(sdf < 0, drawn, counts, p, _compact(occupied, len(picks), size))
+        else:
+            image, sdf = resample_stacks(chosen, drawn["rotation"], drawn["flip"], drawn["mirror"])
+            known = None if occupied is None else _compact(occupied, len(picks), size)
+            labels, corners = self._place_3d(sdf < 0, drawn, counts, p, size, self._regions(noise, known), known)
         light = composite(image, chosen.brightness * drawn["gain"], corners, counts, size)
         return Scenes(
             light=light[:, None].to(device),
@@ -237,31 +335,145 @@ class PopulationSynthesis(Stage):
         """Labels [B, Y, X] and corners [N, 3] of N masks with their noise; see `place_cells`."""
         from synthaug.kernels.placement import place_cells  # imports numba, which reading a cascade does not need
 
-        table = torch.tensor(self.config.gaps)
         return place_cells(
             masks,
             torch.tensor(counts, dtype=torch.int64),
             drawn["position"],
             drawn["direction"],
-            table[(drawn["gap"] * len(table)).long().clamp_(max=len(table) - 1)],
-            (drawn["gap"] * (self.config.clearance + 1)).long().clamp_(max=self.config.clearance),
+            *self._gaps(drawn),
             drawn["cluster"] < clustering,
             occupied,
             self.config.min_area,
         )
 
-    def _reached_area(self, size: tuple[int, int]) -> float:
-        return layout.reached_area(size, self.config.reach)
+    def _place_3d(
+        self,
+        masks: Tensor,
+        drawn: Noise,
+        counts: list[int],
+        clustering: float,
+        size: tuple[int, ...],
+        regions: Tensor,
+        occupied: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Labels [B, Z, Y, X] and corners [N, 4] of N masks with their noise; see `place_cells_3d`."""
+        from synthaug.kernels.placement3d import place_cells_3d
+
+        region = self.config.region
+        weights = torch.empty(0, dtype=torch.float64) if region is None else torch.from_numpy(region.weights())
+        return place_cells_3d(
+            masks,
+            torch.tensor(counts, dtype=torch.int64),
+            drawn["position"],
+            drawn["direction"],
+            drawn["choice"],
+            *self._gaps(drawn),
+            drawn["cluster"] < clustering,
+            regions,
+            weights,
+            occupied,
+            size,
+            self.config.min_area,
+            self.config.z_spacing,
+        )
+
+    def _gaps(self, drawn: Noise) -> tuple[Tensor, Tensor]:
+        """Gaps and clearances, int64 [N, T] each."""
+        table, clearance = torch.tensor(self.config.gaps), self.config.clearance
+        gaps = table[(drawn["gap"] * len(table)).long().clamp_(max=len(table) - 1)]
+        return gaps, (drawn["gap"] * (clearance + 1)).long().clamp_(max=clearance)
+
+    def _regions(self, noise: Noise, occupied: Tensor | None) -> Tensor:
+        """The ellipsoid of each volume, float64 [B, 7, 3]."""
+        if self.config.region is None:
+            return torch.zeros((noise["gain"].shape[0], 7, 3), dtype=torch.float64)
+        if occupied is None:
+            return noise["region"]
+        around = [self.config.region.around(o, e) for o, e in zip(occupied.numpy(), noise["region"].numpy())]
+        return torch.from_numpy(np.array(around).reshape(-1, 7, 3))
+
+    def _reach(self) -> tuple[float, float, float]:
+        return self.config.reach_z, self.config.reach, self.config.reach
+
+    def _reached_area(self, size: tuple[int, ...]) -> float:
+        return layout.reached_area(size, self.config.reach, self.config.reach_z)
+
+    def _check_size(self, size: tuple[int, ...]) -> None:
+        fitted = min(self.config.frame_size) > 0  # if not, it places in frames as well as in volumes
+        axes = (len(self.config.frame_size),) if fitted else (2, 3)
+        if len(size) not in axes or min(size) < 1:
+            raise InputError("size", expected=f"{' or '.join(map(str, axes))} numbers ((Z,) Y, X), all >= 1", got=size)
+
+    def _check_forward(
+        self,
+        cells: Cells,
+        picks: Sequence[Tensor],
+        noise: Noise,
+        size: tuple[int, ...],
+        p: float,
+        occupied: Tensor | None,
+    ) -> None:
+        self._check_size(size)
+        if cells.image.shape[2] != cells.image.shape[3] or (len(size) == 2 and cells.image.shape[1] != 1):
+            expected = "square crops of one slice, [N, 1, S, S]" if len(size) == 2 else "square slices, [N, S, P, P]"
+            raise InputError("cells", expected=expected, got=tuple(cells.image.shape))
+        if not 0 <= p <= 1:
+            raise InputError("clustering", expected="a probability in [0, 1]", got=p)
+        if noise["position"].shape[-1] != len(size):
+            raise InputError("noise", expected=f"drawn for {len(size)} axes", got=noise["position"].shape[-1])
+        rows, most = noise["gain"].shape
+        if rows != len(picks) or max((len(pick) for pick in picks), default=0) > most:
+            raise InputError(
+                "picks",
+                expected=f"{rows} tensors of up to {most} cells, as noise was drawn",
+                got=[len(pick) for pick in picks],
+            )
+        if any(len(pick) and not 0 <= int(pick.min()) <= int(pick.max()) < len(cells) for pick in picks):
+            raise InputError(
+                "picks", expected=f"indices of the {len(cells)} cells", got=[pick.tolist() for pick in picks]
+            )
+        wanted = (len(picks), 1, *size)
+        if occupied is not None and (
+            occupied.shape != wanted or occupied.dtype != torch.int32 or bool((occupied < 0).any())
+        ):
+            raise InputError(
+                "occupied", expected=f"int32 labels {wanted}", got=f"{tuple(occupied.shape)} {occupied.dtype}"
+            )
 
 
-def _fit_clustering(
+def _of_cells(noise: Noise, counts: Sequence[int]) -> Noise:
+    """The noise of all cells of all frames, one after another; what belongs to frames is left out."""
+    return {
+        name: torch.cat([value.flatten(0, 1)[:0], *(value[i, :n] for i, n in enumerate(counts))])
+        for name, value in noise.items()
+        if name != "region"
+    }
+
+
+def _whole_masks(frames: Sequence[layout.Labels], min_area: int) -> list[NDArray[np.bool_]]:
+    masks = [mask for frame in frames for mask in layout.whole_masks(frame)]
+    if not masks:
+        raise InputError(
+            "labels",
+            expected=f"at least one cell of {min_area} pixels or more that is not cut by the border",
+            got=f"none in {len(frames)} frames",
+            remedy="Give other frames or a smaller min_area.",
+        )
+    return masks
+
+
+def _median_size(frames: Sequence[NDArray[Any]]) -> tuple[int, ...]:
+    return tuple(int(np.median(sides)) for sides in zip(*(frame.shape for frame in frames)))
+
+
+def _diameter(masks: Sequence[NDArray[np.bool_]]) -> float:
+    return float(np.median([2 * np.sqrt(mask.sum() / np.pi) for mask in masks]))
+
+
+def _fit_frames(
     frames: list[NDArray[np.int32]], masks: list[NDArray[np.bool_]], config: PopulationConfig
 ) -> dict[str, Any]:
-    """Clustering probability and gaps: the real masks are placed anew, and the gaps to nearest neighbours compared.
-
-    The boundary-to-boundary gap is compared (Wasserstein distance), not that of centroids: it is what clustering
-    changes, whatever the cells' sizes and elongations.
-    """
+    """Clustering probability and gaps: the real masks are placed anew, and the gaps to nearest neighbours compared."""
     frames = [frame for frame in frames if frame.max(initial=0) > 1]
     if frames:  # about 1,500 cells tell enough
         most = math.ceil(1500 / np.mean([frame.max() for frame in frames]))
@@ -269,11 +481,8 @@ def _fit_clustering(
     real = [layout.neighbour_gaps(frame) for frame in frames]
     if not real:
         return {"clustering": 0.0, "gaps": (0,)}
-    pooled = np.concatenate(real)
-    diameter = float(np.median([2 * np.sqrt(mask.sum() / np.pi) for mask in masks]))
-    near = pooled[pooled <= max(diameter / 8, 1)]  # farther neighbours are there without clustering, too
-    gaps = tuple(int(g) for g in np.quantile(near, (np.arange(32) + 0.5) / 32).round()) if len(near) else (0,)
-    config, cells, trials = replace(config, gaps=gaps), layout.cells_of_masks(masks), []
+    pooled, diameter = np.concatenate(real), _diameter(masks)
+    config, cells, trials = replace(config, gaps=layout.near_gaps(pooled, diameter)), layout.cells_of_masks(masks), []
     for i, frame in enumerate(frames):
         key, count = SampleKey(0, ("fit clustering", i)), len(real[i])
         drawn = {k: v[0] for k, v in PopulationSynthesis(config).draw([key], (1, 1), [count]).items()}
@@ -282,56 +491,97 @@ def _fit_clustering(
             (resample(chosen, drawn["rotation"], drawn["flip"])[1] < 0, drawn, torch.zeros((1, *frame.shape)))
         )
 
-    @functools.cache
-    def distance(clustering: float, clearance: int) -> float:
-        trial = PopulationSynthesis(replace(config, clustering=clustering, clearance=clearance))
-        labels = [trial._place(m, drawn, [len(m)], clustering, canvas.int())[0] for m, drawn, canvas in trials]
-        return float(
-            wasserstein_distance(pooled, np.concatenate([layout.neighbour_gaps(x[0].numpy()) for x in labels]))
-        )
+    def trial(clustering: float, clearance: int) -> NDArray[np.float64]:
+        stage = PopulationSynthesis(replace(config, clustering=clustering, clearance=clearance))
+        labels = [stage._place(m, drawn, [len(m)], clustering, canvas.int())[0] for m, drawn, canvas in trials]
+        return np.concatenate([layout.neighbour_gaps(x[0].numpy()) for x in labels])
 
-    p = 0.2
-    for step in (0.1, 0.05):
-        clearance = min((round(diameter * c / 5) for c in range(6)), key=lambda c: distance(p, c))
-        around = np.arange(11) / 10 if step == 0.1 else np.clip([p - step, p, p + step], 0, 1)
-        p = min((round(float(q), 2) for q in around), key=lambda q: distance(q, clearance))
-    return {"clustering": p, "clearance": clearance, "gaps": gaps}
+    p, clearance = layout.fit_clustering(pooled, diameter, trial)
+    return {"clustering": p, "clearance": clearance, "gaps": config.gaps}
 
 
-def _compact(occupied: Tensor | None, num_frames: int, size: tuple[int, int]) -> Tensor:
-    """Labels of each frame renumbered from 1 without holes; int32 [B, Y, X] on the CPU."""
+def _fit_volumes(
+    labels: Sequence[NDArray[np.integer[Any]]],
+    min_area: int,
+    z_spacing: float,
+    depth: float | None,
+    counts: Sequence[float] | None,
+    centres: Sequence[NDArray[Any]] | None,
+    moments: Sequence[tuple[NDArray[Any], NDArray[Any]]] | None,
+) -> PopulationConfig:
+    """The whole configuration for volumes; see `PopulationSynthesis.fit`."""
+    volumes = [np.asarray(volume) for volume in labels]
+    planes = [layout.annotated(volume) for volume in volumes]
+    for name, given in (("counts_per_volume", counts), ("centres", centres), ("moments", moments)):
+        if given is not None and len(given) != len(volumes):
+            raise InputError(name, expected=f"one entry for each of {len(volumes)} volumes", got=len(given))
+    if all(len(found) == len(volume) for found, volume in zip(planes, volumes)):
+        whole = [layout.drop_small(volume, min_area) for volume in volumes]
+        depth = layout.depth(whole) if depth is None else depth
+        counts = [float(volume.max(initial=0)) for volume in whole] if counts is None else counts
+        centres = [layout.middles(volume) for volume in whole] if centres is None else centres
+        moments = layout.moments(whole) if moments is None else moments
+    least = max(round(min_area ** (2 / 3)), 1)
+    looked_at = [_spread(found, 8) for found in planes]
+    frames = [layout.drop_small(volume[z], least) for volume, found in zip(volumes, looked_at) for z in found]
+    masks = _whole_masks(frames, least)
+    diameter = _diameter(masks)
+    depth = depth or diameter / z_spacing
+    if counts is None:
+        seen = [[layout.drop_small(volume[z], least).max() for z in found] for volume, found in zip(volumes, planes)]
+        counts = [float(np.mean(n or [0]) * len(volume) / depth) for n, volume in zip(seen, volumes)]
+    cells = layout.cells_of_sections(masks, depth)
+    reach_z, reach = layout.reach_volume(cells.mask.numpy(), min_area)
+    config = PopulationConfig(
+        min_area=min_area,
+        reach=reach,
+        reach_z=reach_z,
+        frame_size=_median_size(volumes),
+        dispersion=layout.dispersion(frames, layout.reach(masks, least), least),
+        z_spacing=z_spacing,
+        region=None if centres is None else Region.fit([v.shape for v in volumes], centres, counts, moments),
+    )
+    real = [layout.neighbour_gaps(frame) for frame in frames]
+    pooled = np.concatenate([np.empty(0), *real])
+    if not len(pooled):
+        return config
+    config = replace(config, gaps=layout.near_gaps(pooled, diameter))
+    chosen = np.unique(np.linspace(0, len(volumes) - 1, 16).round().astype(int))
+    trials = [_trial_volume(config, cells, i, volumes[i].shape, round(counts[i])) for i in chosen if planes[i]]
+
+    def trial(clustering: float, clearance: int) -> NDArray[np.float64]:
+        stage, gaps = PopulationSynthesis(replace(config, clustering=clustering, clearance=clearance)), [np.empty(0)]
+        for (masks, drawn, regions, size), wanted in zip(trials, (looked_at[i] for i in chosen if planes[i])):
+            made = stage._place_3d(masks, drawn, [len(masks)], clustering, size, regions)[0][0].numpy()
+            gaps += [layout.neighbour_gaps(layout.drop_small(made[z], least)) for z in wanted]
+        return np.concatenate(gaps)
+
+    p, clearance = layout.fit_clustering(pooled, diameter, trial)
+    return replace(config, clustering=p, clearance=clearance)
+
+
+def _trial_volume(
+    config: PopulationConfig, cells: Cells, i: int, size: tuple[int, ...], count: int
+) -> tuple[Tensor, Noise, Tensor, tuple[int, ...]]:
+    """Masks of `count` stacks, their noise and region, for a volume of this size."""
+    key, stage = SampleKey(0, ("fit clustering", i)), PopulationSynthesis(config)
+    noise = stage.draw([key], size, [count])
+    drawn = _of_cells(noise, [count])
+    chosen = cells.select(torch.from_numpy(key.child("picks").numpy().integers(0, len(cells), count)))
+    masks = resample_stacks(chosen, drawn["rotation"], drawn["flip"], drawn["mirror"])[1] < 0
+    return masks, drawn, stage._regions(noise, None), size
+
+
+def _spread(planes: list[int], most: int) -> list[int]:
+    """At most so many of these planes, evenly over the volume."""
+    return planes and [planes[i] for i in np.unique(np.linspace(0, len(planes) - 1, most).round().astype(int))]
+
+
+def _compact(occupied: Tensor | None, num_frames: int, size: tuple[int, ...]) -> Tensor:
+    """Labels of each frame renumbered from 1 without holes; int32 [B, (Z,) Y, X] on the CPU."""
     out = torch.zeros((num_frames, *size), dtype=torch.int32)
     if occupied is not None:
         for row, labels in zip(out.numpy(), occupied[:, 0].cpu().numpy()):
             ids = np.unique(labels)
             row[:] = np.where(labels != 0, np.searchsorted(ids[ids != 0], labels) + 1, 0)
     return out
-
-
-def _check_size(size: tuple[int, int]) -> None:
-    if len(size) != 2 or min(size) < 1:
-        raise InputError("size", expected="(Y, X), both >= 1", got=size)
-
-
-def _check_forward(
-    cells: Cells, picks: Sequence[Tensor], noise: Noise, size: tuple[int, int], p: float, occupied: Tensor | None
-) -> None:
-    _check_size(size)
-    if cells.image.shape[1] != 1 or cells.image.shape[2] != cells.image.shape[3]:
-        raise InputError("cells", expected="one slice and square crops, [N, 1, S, S]", got=tuple(cells.image.shape))
-    if not 0 <= p <= 1:
-        raise InputError("clustering", expected="a probability in [0, 1]", got=p)
-    rows, most = noise["gain"].shape
-    if rows != len(picks) or max((len(pick) for pick in picks), default=0) > most:
-        raise InputError(
-            "picks",
-            expected=f"{rows} tensors of up to {most} cells, as noise was drawn",
-            got=[len(pick) for pick in picks],
-        )
-    if any(len(pick) and not 0 <= int(pick.min()) <= int(pick.max()) < len(cells) for pick in picks):
-        raise InputError("picks", expected=f"indices of the {len(cells)} cells", got=[pick.tolist() for pick in picks])
-    wanted = (len(picks), 1, *size)
-    if occupied is not None and (
-        occupied.shape != wanted or occupied.dtype != torch.int32 or bool((occupied < 0).any())
-    ):
-        raise InputError("occupied", expected=f"int32 labels {wanted}", got=f"{tuple(occupied.shape)} {occupied.dtype}")

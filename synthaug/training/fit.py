@@ -1,5 +1,8 @@
 """One command from annotated images to a cascade: crops, background, placement, masks, autoencoder, texture.
 
+Volumes are learned from outlines in single planes, annotated here and there or taken from dense labels plane by plane; the
+shapes in between come from the multiview stage, which no data set has to train again.
+
 Progress lives in a folder beside the result (`OUT.fit`), written so that a kill at any moment loses at most the minutes
 since the last checkpoint; a finished stage is never trained again. The folder goes when the cascade is complete.
 """
@@ -13,27 +16,35 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from synthaug.cascade import ALIASES, Cascade, CascadeConfig, embedded_cascades
+from synthaug.cascade import Cascade, CascadeConfig
 from synthaug.datasets.crops import CropSet, extract_crops
+from synthaug.datasets.volumes import extract_slice_crops
 from synthaug.errors import CheckpointError, InputError
 from synthaug.generators.background import Background
 from synthaug.generators.masks import MaskDDPM
+from synthaug.generators.multiview import MultiviewDiffusion
 from synthaug.generators.population import PopulationSynthesis
 from synthaug.generators.stage import Stage, write_atomic
+from synthaug.generators.surface import NeuSSurface, SurfaceConfig
 from synthaug.generators.texture import TextureDiffusion
+from synthaug.hub import ALIASES, embedded_cascades
 from synthaug.training import recipes
 from synthaug.training.loop import LoopResult
+from synthaug.training.material import Frames, Pair, Volumes
+from synthaug.training.multiview import fit_multiview
 
-Pair = tuple[NDArray[np.float32], NDArray[np.int32]]
 S = TypeVar("S", bound=Stage)
 
 RESERVE = 0.08
 """Share of the budget kept for what follows training: saving, the sheet, the numbers."""
+
+VIEWS_SHARE = 0.3
+"""Share of the training time that the multiview stage takes where it has to be trained."""
 
 SCRATCH = "scratch"
 
@@ -47,12 +58,16 @@ class FitRequest:
         start: Name or folder of the cascade to adapt, or "scratch".
         budget_minutes: Wall-clock minutes for everything, interruptions not counted.
         seed: Of all training.
+        voxel_size_um: (Z, Y, X), or None.
+        slice_step: See `fit`.
     """
 
     data: str
     start: str
     budget_minutes: float
     seed: int
+    voxel_size_um: tuple[float, float, float] | None = None
+    slice_step: int = 3
 
 
 def fit(
@@ -63,20 +78,23 @@ def fit(
     budget_minutes: float = 20.0,
     seed: int = 0,
     resume: bool = False,
-    pixel_size_um: float | None = None,
+    voxel_size_um: tuple[float, float, float] | None = None,
+    slice_step: int = 3,
     data_card: str = "",
     log: Callable[[str], None] = print,
 ) -> Cascade:
     """Train every stage on image-label pairs and save the cascade.
 
     Args:
-        pairs: (image [Y, X] float32 in camera counts, labels [Y, X] int32 contiguous from 1).
+        pairs: (image [Y, X] float32 in camera counts, labels [Y, X] int32 contiguous from 1), or both [Z, Y, X]; planes of a
+            volume that nobody annotated are `UNLABELLED` in its labels.
         out: Folder of the new cascade.
         start: Cascade to adapt (embedded name, folder or hub id), or "scratch".
         budget_minutes: Wall-clock minutes for everything.
         seed: Of all training.
         resume: Go on with an interrupted fit of the same request.
-        pixel_size_um: Pixel size of the images, kept in the cascade.
+        voxel_size_um: (Z, Y, X) of the data, kept in the cascade; without it planes of volumes count as one pixel apart.
+        slice_step: Of densely annotated volumes every so many planes are used, each by itself.
         data_card: Text for the model card about the data: source, licence, citation.
         log: Called with lines of progress.
 
@@ -92,31 +110,38 @@ def fit(
     if resume and (out / "model_index.json").is_file() and not work.exists():
         log(f"{out}: already finished")
         return Cascade.from_pretrained(out)
-    request = FitRequest(_hash(pairs), start, budget_minutes, seed)
+    request = FitRequest(_hash(pairs), start, budget_minutes, seed, voxel_size_um, slice_step)
     _open_work(work, out, request, resume)
     source = None if start == SCRATCH else Cascade.from_pretrained(start)
-    crops = extract_crops(pairs, crop_size=source.crop_size if source else None)
+    ndim = pairs[0][0].ndim if len(pairs) else 2
+    if source is not None and source.ndim != ndim:
+        raise InputError(
+            "start",
+            expected=f"a {ndim}D cascade, as the images are",
+            got=f"{start}, which is {source.ndim}D",
+            remedy='Name another, or train with "scratch".',
+        )
+    material = (Volumes if ndim == 3 else Frames)(pairs, source, voxel_size_um, slice_step)
+    crops = material.crops
     log(f"{len(crops)} cells on {crops.image.shape[-1]}x{crops.image.shape[-1]} crops; {dict(crops.counts)}")
-    images, labels = [p[0] for p in pairs], [p[1] for p in pairs]
+    for line in material.remarks():
+        log(line)
 
-    background = _once(work, "background", Background, lambda: Background.fit(images, labels), log)
-    population = _once(
-        work,
-        "population",
-        PopulationSynthesis,
-        lambda: PopulationSynthesis.fit(labels, min_area=crops.min_area),
-        log,
-    )
+    background = _once(work, "background", Background, material.fit_background, log)
+    population = _once(work, "population", PopulationSynthesis, material.fit_population, log)
     preparation = time.monotonic() - begun
     budget_s = max(60 * budget_minutes * (1 - RESERVE) - preparation, 0.3 * 60 * budget_minutes)
-    shares = recipes.ADAPT if source else recipes.SCRATCH
+    shares = {name: r.share for name, r in (recipes.ADAPT if source else recipes.SCRATCH).items()}
+    learns_views = ndim == 3 and (source is None or source.multiview is None)
+    if learns_views:
+        shares = {name: share * (1 - VIEWS_SHARE) for name, share in shares.items()} | {"multiview": VIEWS_SHARE}
     results: dict[str, LoopResult] = {}
 
     def learn(name: str, kind: type[S], run: Callable[[float, Path, recipes.Log], tuple[S, LoopResult]]) -> S:
         history = work / f"{name}.json"
 
         def once() -> S:
-            stage, result = run(budget_s * shares[name].share, work / f"{name}.pt", lambda line: log(f"{name}: {line}"))
+            stage, result = run(budget_s * shares[name], work / f"{name}.pt", lambda line: log(f"{name}: {line}"))
             write_atomic(history, json.dumps(vars(result)).encode())
             return stage
 
@@ -125,15 +150,30 @@ def fit(
         (work / f"{name}.pt").unlink(missing_ok=True)
         return stage
 
+    outlines = material.outlines
     masks = learn(
         "masks",
         MaskDDPM,
-        lambda s, path, say: recipes.fit_masks(crops, source.masks if source else None, s, seed, path, say),
+        lambda s, path, say: recipes.fit_masks(outlines, source.masks if source else None, s, seed, path, say),
     )
+    extra: dict[str, Any] = {}
+    if ndim == 3:
+        if learns_views:
+            extra["multiview"] = learn(
+                "multiview", MultiviewDiffusion, lambda s, path, say: fit_multiview(s, seed, path, say)
+            )
+        else:
+            assert source is not None
+            assert source.multiview is not None
+            extra["multiview"] = source.multiview
+        extra["surface"] = NeuSSurface(SurfaceConfig())
+        extra["slicing"] = material.slicing()
     learn(
         "vae",
         TextureDiffusion,
-        lambda s, path, say: recipes.fit_vae(crops, source.texture if source else None, s, seed, path, say),
+        lambda s, path, say: recipes.fit_vae(
+            crops, source.texture if source else None, s, seed, path, say, latent_size=material.latent_size
+        ),
     )
     # Read back what was saved: an interrupted and an uninterrupted fit go on from the same bits.
     vae = TextureDiffusion.from_pretrained(work / "vae")
@@ -142,19 +182,23 @@ def fit(
         TextureDiffusion,
         lambda s, path, say: recipes.fit_texture(crops, vae, source is not None, s, seed, path, say),
     )
+    notes = material.finish(texture, background, seed)
+    for line in notes:
+        log(line)
     cascade = Cascade(
         CascadeConfig(
             name=out.name,
-            min_area=crops.min_area,
-            pixel_size_um=pixel_size_um,
-            intensity=_intensity(images),
+            min_area=population.config.min_area,
+            voxel_size_um=voxel_size_um,
+            intensity=_intensity([p[0] for p in pairs]),
         ),
         masks=masks,
         texture=texture,
         background=background,
         population=population,
+        **extra,
     )
-    card = model_card(out.name, request, len(pairs), crops, results, data_card)
+    card = model_card(out.name, request, len(pairs), crops, results, data_card, [*material.remarks(), *notes])
     cascade.save_pretrained(out, half=True, card=card)
     shutil.rmtree(work)
     log(f"{out}: finished after {(time.monotonic() - begun) / 60:.1f} min")
@@ -162,13 +206,22 @@ def fit(
 
 
 def model_card(
-    name: str, request: FitRequest, num_images: int, crops: CropSet, results: dict[str, LoopResult], data_card: str
+    name: str,
+    request: FitRequest,
+    num_images: int,
+    crops: CropSet,
+    results: dict[str, LoopResult],
+    data_card: str,
+    notes: Sequence[str] = (),
 ) -> str:
     """The README.md of a cascade, with the metadata header that model hubs read."""
     rows = "\n".join(
         f"| {stage} | {r.num_steps} | {r.seconds / 60:.1f} | {r.best_loss:.4f} |" for stage, r in results.items()
     )
     counts = ", ".join(f"{n} {why}" for why, n in crops.counts.items())
+    voxel = request.voxel_size_um
+    size = f" --voxel-size {'x'.join(f'{n:g}' for n in voxel)}" if voxel else ""
+    remarks = "".join(f"- {note}\n" for note in notes)
     return f"""---
 library_name: synthaug
 tags: [microscopy, segmentation, synthetic-data, diffusion]
@@ -184,10 +237,10 @@ instance labels, to train segmentation networks. Images are in the camera counts
 {data_card.strip() or "The user's own images; licence and citation were not stated."}
 
 {num_images} images, {len(crops)} whole cells ({counts}), crops of {crops.image.shape[-1]} px.
-
+{remarks}
 ## Training
 
-`synthaug fit DATA --out {name} --from {request.start} --budget {request.budget_minutes:g} --seed {request.seed}`
+`synthaug fit DATA --out {name} --from {request.start} --budget {request.budget_minutes:g} --seed {request.seed}{size}`
 
 | stage | steps | minutes | held-out loss |
 |---|---|---|---|
@@ -233,7 +286,8 @@ def _open_work(work: Path, out: Path, request: FitRequest, resume: bool) -> None
             raise CheckpointError(
                 str(work), expected="no unfinished fit", got="one", remedy="Pass --resume, or delete the folder."
             )
-        changed = [k for k, v in asdict(request).items() if before.get(k) != v]
+        asked = json.loads(json.dumps(asdict(request)))
+        changed = [k for k, v in asked.items() if before.get(k) != v]
         if changed:
             raise CheckpointError(
                 str(work),
@@ -261,9 +315,12 @@ def _intensity(images: Sequence[NDArray[np.float32]]) -> str:
     return "uint8" if top <= 255 else "uint16" if top <= 65535 else "float32"
 
 
-def choose_start(crop_size: int) -> str:
-    """The embedded cascade whose crops fit the cells best, or "scratch" where there is none."""
+def choose_start(pairs: Sequence[Pair]) -> str:
+    """The embedded cascade of these dimensions whose crops fit the cells best, or "scratch" where there is none."""
+    ndim = pairs[0][0].ndim if len(pairs) else 2
     names = [n for n in embedded_cascades() if n not in ALIASES]
-    if not names:
+    sizes = {n: c.crop_size for n in names if (c := Cascade.from_pretrained(n)).ndim == ndim}
+    if not sizes:
         return SCRATCH
-    return min(names, key=lambda n: abs(Cascade.from_pretrained(n).crop_size - crop_size))
+    crop_size = (extract_slice_crops if ndim == 3 else extract_crops)(pairs).image.shape[-1]
+    return min(sizes, key=lambda n: abs(sizes[n] - crop_size))

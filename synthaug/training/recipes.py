@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from synthaug.datasets.crops import CropSet
 from synthaug.generators.diffusion import NUM_TRAIN_TIMESTEPS, diffusion_loss
-from synthaug.generators.masks import MaskConfig, MaskDDPM, principal_angle
+from synthaug.generators.masks import MaskConfig, MaskDDPM, measure_attributes, principal_angle
 from synthaug.generators.stage import untouched_generator
 from synthaug.generators.texture import TextureDiffusion, tiny_config
 from synthaug.randomness import SampleKey
@@ -34,9 +34,9 @@ class StageRecipe:
 
 
 SCRATCH = {
-    "masks": StageRecipe(batch_size=64, learning_rate=1e-3, ema_decay=0.999, share=0.33),
-    "vae": StageRecipe(batch_size=8, learning_rate=2e-3, ema_decay=0.998, share=0.26),
-    "texture": StageRecipe(batch_size=32, learning_rate=8e-4, ema_decay=0.999, share=0.41),
+    "masks": StageRecipe(batch_size=64, learning_rate=1e-3, ema_decay=0.999, share=0.45),
+    "vae": StageRecipe(batch_size=8, learning_rate=2e-3, ema_decay=0.998, share=0.20),
+    "texture": StageRecipe(batch_size=32, learning_rate=8e-4, ema_decay=0.999, share=0.35),
 }
 """From random weights."""
 
@@ -57,7 +57,8 @@ def split_crops(crops: CropSet, seed: int) -> tuple[CropSet, CropSet]:
 
 def _timesteps(num: int, generator: torch.Generator) -> Tensor:
     """One random timestep in each of `num` equal strata: the same mean loss at less variance."""
-    return ((torch.arange(num) + torch.rand(num, generator=generator)) / num * NUM_TRAIN_TIMESTEPS).long()
+    timesteps = ((torch.arange(num) + torch.rand(num, generator=generator)) / num * NUM_TRAIN_TIMESTEPS).long()
+    return timesteps.clamp(max=NUM_TRAIN_TIMESTEPS - 1)  # the last stratum's upper end may be rounded to
 
 
 def _dihedral(x: Tensor, which: int) -> Tensor:
@@ -84,18 +85,13 @@ def initialise(network: nn.Module, key: SampleKey) -> None:
     """
     with torch.no_grad():
         for name, module in network.named_modules():
-            if not isinstance(module, nn.Linear | nn.Conv2d) or not bool(module.weight.any()):
+            if not isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d) or not bool(module.weight.any()):
                 continue
             bound = module.weight[0].numel() ** -0.5
             generator = key.child(name).generator()
             module.weight.uniform_(-bound, bound, generator=generator)
             if module.bias is not None:
                 module.bias.uniform_(-bound, bound, generator=generator)
-
-
-def _attributes(crops: CropSet) -> Tensor:
-    """Log radius and log brightness, float32 [N, 2]."""
-    return torch.stack([crops.radius.log(), crops.brightness.log()], 1)
 
 
 def _held_out_loss(
@@ -124,12 +120,16 @@ def fit_masks(
         stage = start or MaskDDPM(MaskConfig(crop_size=crops.image.shape[-1]))
     if not start:
         initialise(stage.unet, SampleKey(seed, ("masks",)))
-    stage.set_tables({"attributes": _attributes(crops)})
+
+    def attributes(part: CropSet) -> Tensor:
+        return measure_attributes(part.sdf < 0, part.radius, part.brightness, stage.config.attributes)
+
+    stage.set_tables({"attributes": attributes(crops)})
     training, held_out = split_crops(crops, seed)
 
     def grids(part: CropSet) -> tuple[Tensor, Tensor]:
         clean = stage.to_grid(part.sdf, part.radius / part.scale, principal_angle(part.sdf < 0))
-        return clean, stage.condition(_attributes(part))
+        return clean, stage.condition(attributes(part))
 
     clean, condition = grids(training)
     validate = _held_out_loss(stage, *grids(held_out), seed)
@@ -173,7 +173,14 @@ def _vae_loss(stage: TextureDiffusion, image: Tensor, sdf: Tensor, noise: Tensor
 
 
 def fit_vae(
-    crops: CropSet, start: TextureDiffusion | None, budget_s: float, seed: int, checkpoint: Path, log: Log
+    crops: CropSet,
+    start: TextureDiffusion | None,
+    budget_s: float,
+    seed: int,
+    checkpoint: Path,
+    log: Log,
+    *,
+    latent_size: int = 16,
 ) -> tuple[TextureDiffusion, LoopResult]:
     """Train the autoencoder on the crops; when adapting, its decoder alone, so that latents keep their meaning."""
     recipe = (ADAPT if start else SCRATCH)["vae"]
@@ -184,7 +191,9 @@ def fit_vae(
         span = max(high - low, 1.0)
         image_range = (low - 0.05 * span, high + 0.05 * span)
         with untouched_generator():
-            stage = TextureDiffusion(tiny_config(crops.image.shape[-1], image_range=image_range))
+            stage = TextureDiffusion(
+                tiny_config(crops.image.shape[-1], latent_size=latent_size, image_range=image_range)
+            )
         for name in ("vae", "unet", "controlnet"):
             # The same key for unet and controlnet: the control branch begins as a copy of the UNet's encoder (paper).
             initialise(getattr(stage, name), SampleKey(seed, ("vae" if name == "vae" else "unet",)))

@@ -1,0 +1,271 @@
+"""What is peculiar to the optical axis of a stack: blur and attenuation along z, and how long cells are there.
+
+A microscope blurs far more along its axis than across. In focus the blur is taken for a Gaussian over z; the rest, light
+from out of focus, is haze of `background.py`, made of blurs that are wide in all three axes. All of it is read from
+images and from outlines in single planes: no volume need be annotated in 3D.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage, optimize, special
+from torch import Tensor
+from torch.nn import functional
+
+from synthaug.generators.camera import mirror_index, texture_pitch
+
+MAX_RUN = 24
+"""Planes above and below an outline that are searched for the cell's ends."""
+
+MIN_CORE = 12
+"""Pixels of a cell's core below which its profile is too noisy to tell."""
+
+
+# Blurs of stacks --------------------------------------------------------------------------------------------------
+
+
+def blur_axis(volume: Tensor, sigma: float, axis: int) -> Tensor:
+    """Gaussian blur along one axis of [B, 1, Z, Y, X] with mirrored borders, sigma in voxels; by shifts and sums."""
+    if sigma <= 0.05:
+        return volume
+    radius = max(1, math.ceil(3 * sigma))
+    taps = [math.exp(-0.5 * (i / sigma) ** 2) for i in range(-radius, radius + 1)]
+    total = sum(taps)
+    size = volume.shape[axis]
+    padded = volume.index_select(axis, mirror_index(-radius, size + 2 * radius, size).to(volume.device))
+    out = padded.narrow(axis, radius, size) * (taps[radius] / total)
+    for i in range(radius):
+        pair = padded.narrow(axis, i, size) + padded.narrow(axis, 2 * radius - i, size)
+        out = out + pair * (taps[i] / total)
+    return out
+
+
+def wide_blur_volume(volume: Tensor, sigmas: Sequence[float]) -> Tensor:
+    """Gaussian blur of [B, 1, Z, Y, X] with mirrored borders, on a grid coarse enough to be cheap.
+
+    Args:
+        volume: float32 or float64.
+        sigmas: (Z, Y, X) in voxels.
+    """
+    size = volume.shape[2:]
+    pools = [max(1, 2 ** int(math.log2(max(s / 2.4, 1.0)))) for s in sigmas]
+    padded = [-(-n // p) * p for n, p in zip(size, pools)]
+    for axis, (n, wanted) in enumerate(zip(size, padded), start=2):
+        if n != wanted:
+            volume = volume.index_select(axis, mirror_index(0, wanted, n).to(volume.device))
+    coarse = functional.avg_pool3d(volume, pools) if max(pools) > 1 else volume
+    for axis, (sigma, pool) in enumerate(zip(sigmas, pools), start=2):
+        coarse = blur_axis(coarse, sigma / pool, axis)
+    if max(pools) > 1:
+        coarse = functional.interpolate(coarse, size=padded, mode="trilinear", align_corners=False)
+    return coarse[:, :, : size[0], : size[1], : size[2]]
+
+
+def texture_grid_volume(size: Sequence[int], sigmas: Sequence[float]) -> tuple[int, ...]:
+    """Shape of the white noise that `random_texture_volume` needs for a canvas of (Z, Y, X) voxels."""
+    grid = []
+    for n, sigma in zip(size, sigmas):
+        pitch = texture_pitch(sigma)
+        grid.append(-(-n // pitch) + 2 * math.ceil(3 * sigma / pitch) + 2)
+    return tuple(grid)
+
+
+def random_texture_volume(white: Tensor, size: Sequence[int], sigmas: Sequence[float]) -> Tensor:
+    """A Gaussian random field of unit variance, float32 [B, 1, Z, Y, X]; see `camera.random_texture`.
+
+    Args:
+        white: float32 [B, 1, *texture_grid_volume(size, sigmas)], standard normal.
+        size: Canvas (Z, Y, X) in voxels.
+        sigmas: (Z, Y, X) of the blur that makes it, in voxels.
+    """
+    field, kept = white, 1.0
+    pitches = [texture_pitch(s) for s in sigmas]
+    for axis, (sigma, pitch) in enumerate(zip(sigmas, pitches), start=2):
+        grid = sigma / pitch
+        radius = math.ceil(3 * grid)
+        taps = [math.exp(-0.5 * (i / grid) ** 2) for i in range(-radius, radius + 1)]
+        energy = math.sqrt(sum(w * w for w in taps))
+        length = field.shape[axis] - 2 * radius
+        total = field.narrow(axis, radius, length) * (taps[radius] / energy)
+        for i in range(radius):
+            pair = field.narrow(axis, i, length) + field.narrow(axis, 2 * radius - i, length)
+            total = total + pair * (taps[i] / energy)
+        field = total
+        # standard deviation that linear interpolation between nodes keeps on average
+        kept *= math.sqrt(2 / 3 + math.exp(-0.25 / grid**2) / 3) if pitch > 1 else 1.0
+    if max(pitches) > 1:
+        nodes = [n * p for n, p in zip(field.shape[2:], pitches)]
+        field = functional.interpolate(field, size=nodes, mode="trilinear", align_corners=False)
+    window = tuple(slice(p, p + n) for p, n in zip(pitches, size))
+    return field[(slice(None), slice(None), *window)] / kept
+
+
+def attenuate(light: Tensor, per_plane: float) -> Tensor:
+    """Light [B, 1, Z, Y, X] that falls by exp(-per_plane) from plane to plane, unchanged in its own mean plane."""
+    profile = light.clamp(min=0).sum((1, 3, 4)).double()  # [B, Z]
+    z = torch.arange(profile.shape[1], device=light.device, dtype=torch.float64)
+    middle = (profile * z).sum(1) / profile.sum(1).clamp(min=1e-9)
+    factor = torch.exp(-per_plane * (z - middle[:, None])).to(light.dtype)
+    return light * factor[:, None, :, None, None]
+
+
+# What outlines in single planes tell about the axis ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Section:
+    """One annotated outline of a cell, and what the column of voxels above and below its core shows.
+
+    Attributes:
+        plane: Annotated plane.
+        centre: Middle of the cell's light along z, planes.
+        half_length: Half its length there at half of its light, planes; that of the cell without the blur.
+        sigma: Standard deviation of the axial blur, planes.
+        contrast: Counts over the background that the cell would have in a plane through its middle.
+        seen: The same in the annotated plane.
+        radius: Of the circle with the outline's area, pixels.
+    """
+
+    plane: int
+    centre: float
+    half_length: float
+    sigma: float
+    contrast: float
+    seen: float
+    radius: float
+
+
+def _edge(t: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(0.5 * (1 + special.erf(t / math.sqrt(2))))
+
+
+def slab_profile(
+    z: NDArray[np.float64], centre: float, half_length: float, sigma: float, base: float, amplitude: float
+) -> NDArray[np.float64]:
+    """Counts along z of a slab of even light, blurred by a Gaussian."""
+    ends = _edge((z - centre + half_length) / sigma) - _edge((z - centre - half_length) / sigma)
+    return base + amplitude * ends
+
+
+def _run(profile: NDArray[np.float64], plane: int) -> tuple[int, int]:
+    """First and last plane of the peak that `plane` belongs to: as far as light falls; neighbours rise again."""
+    smooth = ndimage.gaussian_filter1d(profile, 1.0, mode="nearest")
+    peak, tolerance = plane, 0.02 * float(np.ptp(smooth))
+    while True:  # up to the nearest maximum
+        near = slice(max(peak - 1, 0), min(peak + 2, len(smooth)))
+        best = near.start + int(smooth[near].argmax())
+        if best == peak:
+            break
+        peak = best
+    ends = []
+    for step in (-1, 1):
+        at, lowest = peak, peak
+        while 0 <= at + step < len(smooth) and abs(at + step - peak) <= MAX_RUN:
+            at += step
+            if smooth[at] < smooth[lowest]:
+                lowest = at
+            elif smooth[at] > smooth[lowest] + tolerance:
+                break
+        ends.append(lowest)
+    return ends[0], ends[1]
+
+
+def measure_section(
+    image: NDArray[np.floating], own: NDArray[np.bool_], plane: int, local: float, seen: float
+) -> Section | None:
+    """What the column over the core of one outline tells; None where nothing can be told.
+
+    Args:
+        image: [Z, Y, X], counts; the box around the outline is enough.
+        own: bool [Y, X], the outline.
+        plane: Annotated plane.
+        local: Counts of the background around the outline in that plane.
+        seen: Mean counts of the outline over `local`.
+    """
+    depth = ndimage.distance_transform_edt(np.pad(own, 1))[1:-1, 1:-1]
+    core = depth > max(0.5 * float(depth.max()), 1.0)
+    if core.sum() < MIN_CORE or seen <= 0:
+        return None
+    profile = np.asarray(image[:, core].mean(1), np.float64)
+    first, last = _run(profile, plane)
+    z = np.arange(first, last + 1, dtype=np.float64)
+    column = profile[first : last + 1]
+    top, floor = float(column.max()), float(column.min())
+    whole = column[0] < floor + 0.4 * (top - floor) and column[-1] < floor + 0.4 * (top - floor)
+    if len(z) < 7 or not whole or top - floor < 0.3 * seen:
+        return None
+    above = z[column > 0.5 * (top + floor)]
+    start = [float(above.mean()), max((above[-1] - above[0] + 1) / 2, 0.6), 1.5, floor, top - floor]
+    low = [z[0], 0.5, 0.3, min(floor, local) - (top - floor), 0.3 * (top - floor)]
+    high = [z[-1], float(len(z)), 8.0, top, 4 * (top - floor)]
+    fit = optimize.least_squares(
+        lambda p: (slab_profile(z, *p) - column) / (top - floor),
+        np.clip(start, np.add(low, 1e-6), np.subtract(high, 1e-6)),
+        bounds=(low, high),
+        max_nfev=60,
+    )
+    if not fit.success or math.sqrt(float((fit.fun**2).mean())) > 0.15:
+        return None
+    centre, half_length, sigma, _, amplitude = (float(v) for v in fit.x)
+    peak = amplitude * (2 * float(_edge(np.asarray(half_length / sigma))) - 1)
+    here = float(slab_profile(np.asarray([float(plane)]), centre, half_length, sigma, 0.0, amplitude)[0])
+    # the core is brighter than the whole outline: what grows from this plane to the middle is taken as a ratio
+    growth = min(peak / max(here, 0.1 * peak), 10.0)
+    return Section(plane, centre, half_length, sigma, seen * growth, seen, math.sqrt(float(own.sum()) / math.pi))
+
+
+def axial_sigma(sections: Sequence[Section]) -> float:
+    """Standard deviation of the axial blur in planes, median over outlines near the middle of their cells; 0 if unknown."""
+    near = [s.sigma for s in sections if abs(s.plane - s.centre) <= max(1.5, 0.5 * s.half_length)]
+    return float(np.median(near)) if len(near) >= 3 else 0.0
+
+
+def mask_half_length(sections: Sequence[Section]) -> float:
+    """Half the length of cells along z as they are annotated, planes; 0 if unknown.
+
+    A plane anywhere within a cell is as likely to be annotated as any other: its mean distance from the cell's middle is
+    half of the half length.
+    """
+    if len(sections) < 3:
+        return 0.0
+    return max(2 * float(np.mean([abs(s.plane - s.centre) for s in sections])), 0.5)
+
+
+def axial_extent(sections: Sequence[Section]) -> float:
+    """Length of cells' light along z over that of their outlines, at most 1: annotations often include the blur.
+
+    For `TextureConfig.axial_extent` where masks are as long as the annotated ones; where they are made as long as the
+    light itself it is 1.
+    """
+    annotated = mask_half_length(sections)
+    if annotated == 0:
+        return 1.0
+    return float(np.clip(np.median([s.half_length for s in sections]) / annotated, 0.3, 1.0))
+
+
+def fit_attenuation(sections: Sequence[Section]) -> tuple[float, float]:
+    """Slope of -log(contrast) a plane, and its standard error (inf where fewer than 5 outlines tell)."""
+    if len(sections) < 5:
+        return 0.0, math.inf
+    z = np.array([s.centre for s in sections])
+    y = np.log([s.contrast for s in sections])
+    if np.ptp(z) < 4:
+        return 0.0, math.inf
+    centred = z - z.mean()
+    slope = float((centred * y).sum() / (centred**2).sum())
+    rest = y - y.mean() - slope * centred
+    # outlines of one cell are one observation: as many cells as outlines over the length of a cell
+    cells = max(len(sections) / max(2 * mask_half_length(sections) / _annotation_step(sections), 1.0), 3.0)
+    error = float(rest.std() / math.sqrt((centred**2).mean() * max(cells - 2, 1.0)))
+    return -slope, max(error, 1e-6)
+
+
+def _annotation_step(sections: Sequence[Section]) -> float:
+    planes = sorted({s.plane for s in sections})
+    return float(np.median(np.diff(planes))) if len(planes) > 1 else 1.0

@@ -1,0 +1,173 @@
+"""What the stages of a fit learn from: cells of frames, or outlines in single planes of volumes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from synthaug.cascade import Cascade
+from synthaug.datasets.crops import CropSet, extract_crops
+from synthaug.datasets.volumes import annotated_planes, extract_slice_crops, fit_axial, thin_annotations
+from synthaug.errors import DataError
+from synthaug.generators.axial import axial_extent, axial_sigma
+from synthaug.generators.background import Background
+from synthaug.generators.cameras import VIEW_RADIUS
+from synthaug.generators.population import PopulationSynthesis
+from synthaug.generators.slicing import Slicing, SlicingConfig, slices_needed
+from synthaug.generators.texture import TextureDiffusion
+from synthaug.generators.volume_fit import measure_sections
+from synthaug.training.correlation import extract_patches, fit_rho
+
+Pair = tuple[NDArray[np.float32], NDArray[np.int32]]
+"""Image in camera counts and labels, [Y, X] or [Z, Y, X] both."""
+
+MIN_OUTLINES = 12
+"""Outlines near the middle of cells below which those farther off are learned from, too."""
+
+VOLUME_MARGIN = 2.0
+"""How far beyond the volumes that the real outlines tell a generated cell may be, as a factor."""
+
+
+class Frames:
+    """2D: every whole cell serves the outlines and the textures.
+
+    Args:
+        pairs: Images and labels.
+        source: The cascade that is adapted, whose crop size is kept; or None.
+        voxel_size_um, slice_step: Of volumes.
+    """
+
+    latent_size = 16
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        source: Cascade | None,
+        voxel_size_um: tuple[float, float, float] | None,
+        slice_step: int,
+    ) -> None:
+        self.pairs = pairs
+        self.crops: CropSet = extract_crops(pairs, crop_size=source.crop_size if source else None)
+        self.outlines = self.crops
+
+    def remarks(self) -> list[str]:
+        """What was found in the data, a line each."""
+        return []
+
+    def fit_background(self) -> Background:
+        """Background and camera of the images."""
+        return Background.fit(*self._apart())
+
+    def fit_population(self) -> PopulationSynthesis:
+        """Placement of the cells."""
+        return PopulationSynthesis.fit(self._apart()[1], min_area=self.crops.min_area)
+
+    def finish(self, texture: TextureDiffusion, background: Background, seed: int) -> list[str]:
+        """What is set after training; a line about each."""
+        return []
+
+    def slicing(self) -> Slicing:
+        """Only volumes are cut."""
+        raise NotImplementedError
+
+    def _apart(self) -> tuple[list[NDArray[np.float32]], list[NDArray[np.int32]]]:
+        return [p[0] for p in self.pairs], [p[1] for p in self.pairs]
+
+
+class Volumes(Frames):
+    """3D: outlines near the middle of cells serve the shapes, all outlines the textures.
+
+    Args:
+        pairs: Volumes; dense labels are used plane by plane, every `slice_step`-th one.
+        source, voxel_size_um, slice_step: See `training.fit.fit`.
+    """
+
+    latent_size = 8
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        source: Cascade | None,
+        voxel_size_um: tuple[float, float, float] | None,
+        slice_step: int,
+    ) -> None:
+        self.pairs = [
+            (image, thin_annotations(labels, slice_step) if len(annotated_planes(labels)) == len(labels) else labels)
+            for image, labels in pairs
+        ]
+        crops = extract_slice_crops(self.pairs, crop_size=source.crop_size if source else None)
+        self.crops = crops
+        self.outlines = crops.select(crops.central.nonzero()[:, 0])
+        if len(self.outlines) < MIN_OUTLINES:
+            self.outlines = crops
+        self.axial = fit_axial(self.pairs, voxel_size_um)
+        if not np.isfinite(self.axial.stretch) or self.axial.stretch <= 0:
+            raise DataError(
+                "the annotated volumes", expected="outlines whose cells end within the stack", got=str(self.axial)
+            )
+        # Ellipsoids over the outlines, as long as the cells are annotated.
+        area = (self.outlines.sdf < 0).flatten(1).sum(1).numpy() * self.outlines.scale.numpy() ** 2
+        self.lengths = 2 * np.sqrt(area / np.pi) * self.axial.stretch / self.axial.z_spacing
+        self.volumes = np.maximum(area * self.lengths * 2 / 3, 1.0)
+
+    def remarks(self) -> list[str]:
+        planes = sum(len(annotated_planes(labels)) for _, labels in self.pairs)
+        fit = self.axial
+        return [
+            f"{planes} annotated planes; {len(self.outlines)} outlines near the middle of their cell serve the shapes",
+            f"cells are {fit.stretch:.2f} times as long along z as in plane, their light {fit.light_stretch:.2f} times",
+            f"about {np.mean(fit.counts):.1f} cells a volume",
+        ]
+
+    def fit_background(self) -> Background:
+        return Background.fit(*self._apart(), counts=self.axial.counts)
+
+    def fit_population(self) -> PopulationSynthesis:
+        return PopulationSynthesis.fit(
+            self._apart()[1],
+            min_area=max(int(0.02 * np.median(self.volumes)), 20),
+            z_spacing=self.axial.z_spacing,
+            depth=float(np.median(self.lengths)),
+            counts_per_volume=self.axial.counts,
+            centres=self.axial.centres,
+            moments=self.axial.moments,
+        )
+
+    def slicing(self) -> Slicing:
+        """Cut as the data are: at their plane spacing, as deep as the largest cell needs."""
+        crop_size = self.crops.image.shape[-1]
+        half_side = float(self.outlines.radius.max()) / VIEW_RADIUS
+        spacing, stretch = self.axial.z_spacing, self.axial.stretch
+        low, high = np.quantile(self.volumes, [0.01, 0.99])
+        return Slicing(
+            SlicingConfig(
+                crop_size=crop_size,
+                num_slices=slices_needed(half_side, spacing, stretch),
+                z_spacing=spacing,
+                stretch=stretch,
+                volume_range=(float(low / VOLUME_MARGIN), float(high * VOLUME_MARGIN)),
+            )
+        )
+
+    def finish(self, texture: TextureDiffusion, background: Background, seed: int) -> list[str]:
+        found = fit_rho(texture, extract_patches(self.pairs, texture.config.crop_size), seed=seed)
+        sections = [
+            section
+            for image, labels in self.pairs
+            for section in measure_sections(image.astype(np.float64), labels, background.config.saturation)[0]
+        ]
+        sigma, extent = axial_sigma(sections), axial_extent(sections)
+        texture.config = replace(texture.config, rho=found.rho, axial_sigma=sigma, axial_extent=extent)
+        # Planes come blurred from the texture stage; the camera must not do it again.
+        background.table[:, background.names.index("axial_sigma")] = 0
+        correlation = [s.correlation[0] for s in (found.real, found.synthetic, found.independent)]
+        return [
+            (
+                f"rho {found.rho:.2f}: correlation of neighbouring planes {correlation[0]:.2f} real, {correlation[1]:.2f} "
+                f"synthetic, {correlation[2]:.2f} with independent noise"
+            ),
+            f"axial blur of {sigma:.2f} planes; light {extent:.2f} times as long as masks",
+        ]
