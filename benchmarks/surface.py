@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=64)
     parser.add_argument("--network-cells", type=int, default=2)
     parser.add_argument("--network-steps", type=int, default=400)
-    parser.add_argument("--large-network-steps", type=int, default=200)
+    parser.add_argument("--large-network-steps", type=int, default=100)
     options = parser.parse_args()
     torch.set_num_threads(1)
     networks = {"mlp 4x64": (options.network_cells, options.network_steps)}

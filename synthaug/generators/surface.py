@@ -35,7 +35,7 @@ class SurfaceConfig:
     """How surfaces are fitted. Weights are those of sums over rays (a pixel each) and voxels of the grid fitted on.
 
     Attributes:
-        field: "grid", or "mlp" for the network of NeuS, hundreds of times slower.
+        field: "grid", or "mlp" for the network of NeuS, hundreds of times slower (benchmarks/surface.py).
         grid_size: Voxels on a side of the surfaces returned.
         levels: Voxels on a side of the grids fitted on, coarse to fine; the network uses the last one's rays.
         num_iterations: Steps on each level.

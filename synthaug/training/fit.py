@@ -183,8 +183,6 @@ def fit(
         lambda s, path, say: recipes.fit_texture(crops, vae, source is not None, s, seed, path, say),
     )
     notes = material.finish(texture, background, seed)
-    for line in notes:
-        log(line)
     cascade = Cascade(
         CascadeConfig(
             name=out.name,
@@ -198,6 +196,9 @@ def fit(
         population=population,
         **extra,
     )
+    notes += material.calibrate(cascade, seed)
+    for line in notes:
+        log(line)
     card = model_card(out.name, request, len(pairs), crops, results, data_card, [*material.remarks(), *notes])
     cascade.save_pretrained(out, half=True, card=card)
     shutil.rmtree(work)

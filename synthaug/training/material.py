@@ -18,7 +18,8 @@ from synthaug.generators.cameras import VIEW_RADIUS
 from synthaug.generators.population import PopulationSynthesis
 from synthaug.generators.slicing import Slicing, SlicingConfig, slices_needed
 from synthaug.generators.texture import TextureDiffusion
-from synthaug.generators.volume_fit import measure_sections
+from synthaug.generators.volume_fit import dark_level, measure_sections
+from synthaug.randomness import SampleKey
 from synthaug.training.correlation import extract_patches, fit_rho
 
 Pair = tuple[NDArray[np.float32], NDArray[np.int32]]
@@ -26,6 +27,9 @@ Pair = tuple[NDArray[np.float32], NDArray[np.int32]]
 
 MIN_OUTLINES = 12
 """Outlines near the middle of cells below which those farther off are learned from, too."""
+
+CALIBRATION_CELLS, CALIBRATION_VOLUMES = 32, 48
+"""Fresh cells, and volumes made of them, by which the brightness of volumes is set."""
 
 VOLUME_MARGIN = 2.0
 """How far beyond the volumes that the real outlines tell a generated cell may be, as a factor."""
@@ -67,6 +71,10 @@ class Frames:
 
     def finish(self, texture: TextureDiffusion, background: Background, seed: int) -> list[str]:
         """What is set after training; a line about each."""
+        return []
+
+    def calibrate(self, cascade: Cascade, seed: int) -> list[str]:
+        """What is set once all stages are there; a line about each."""
         return []
 
     def slicing(self) -> Slicing:
@@ -171,3 +179,30 @@ class Volumes(Frames):
             ),
             f"axial blur of {sigma:.2f} planes; light {extent:.2f} times as long as masks",
         ]
+
+    def calibrate(self, cascade: Cascade, seed: int) -> list[str]:
+        """Scale the volumes' brightness so that labelled voxels are as bright in synthetic volumes as in real ones.
+
+        Haze and neighbours add to the light of a cell, most of all above and below it, where no ring tells the background.
+        """
+        background = cascade.background
+        column = background.names.index("brightness")
+        real = [_seen(image, labels, float(row[column])) for (image, labels), row in zip(self.pairs, background.table)]
+        cells = cascade.cells([SampleKey(seed, ("calibration", i)) for i in range(CALIBRATION_CELLS)])
+        synthetic = []
+        for i in range(CALIBRATION_VOLUMES):
+            keys = [SampleKey(seed, ("calibration", "volume", i))]
+            count = min(cascade.num_cells(keys, self.pairs[0][0].shape)[0], len(cells))
+            made = cascade.populate(cells, keys, self.pairs[0][0].shape, num_cells=count)
+            brightness = float(cascade.styles(keys)["brightness"][0])
+            synthetic.append(_seen(made.image[0, 0].numpy(), made.labels[0, 0].numpy(), brightness))
+        before = np.nanmedian(synthetic)
+        factor = float(np.clip(np.nanmedian(real) / before, 0.5, 2.0)) if before > 0 else 1.0
+        background.table[:, column] *= factor
+        return [f"brightness of the volumes scaled by {factor:.2f}"]
+
+
+def _seen(image: NDArray[np.float32], labels: NDArray[np.int32], brightness: float) -> float:
+    """Mean of the labelled voxels over the dark level, in units of the volume's brightness; NaN without any."""
+    inside = labels > 0
+    return float(image[inside].mean() - dark_level(image.astype(np.float64))) / brightness if inside.any() else np.nan
