@@ -84,3 +84,14 @@ def test_adapting_keeps_the_views_and_streams(tmp_path, monkeypatch):
 def test_a_cascade_of_other_dimensions_is_refused(tmp_path):
     with pytest.raises(InputError, match="3D cascade"):
         fit(PAIRS, tmp_path / "mine", start="nuclei-2d", budget_minutes=0.1, log=lambda line: None)
+
+
+def test_brightness_is_set_by_what_labelled_voxels_show():
+    cascade = Cascade.from_pretrained("nuclei-3d")
+    material = Volumes(PAIRS, None, VOXEL, 4)
+    cascade.background = material.fit_background()
+    column = cascade.background.names.index("brightness")
+    cascade.background.table[:, column] *= torch.tensor([1.0, 3.0, 1.0, 1.0])  # one volume measured wrongly
+    assert len(material.calibrate(cascade, 0)) == 1
+    brightness = cascade.background.table[:, column]
+    assert float(brightness.max() / brightness.min()) < 1.5, "volumes made alike are as bright again"

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from synthaug.cascade import Cascade
 from synthaug.datasets.crops import CropSet, extract_crops
 from synthaug.datasets.volumes import annotated_planes, extract_slice_crops, fit_axial, thin_annotations
-from synthaug.errors import DataError
+from synthaug.errors import DataError, SynthAugError
 from synthaug.generators.axial import axial_extent, axial_sigma
 from synthaug.generators.background import Background
 from synthaug.generators.cameras import VIEW_RADIUS
@@ -181,28 +182,35 @@ class Volumes(Frames):
         ]
 
     def calibrate(self, cascade: Cascade, seed: int) -> list[str]:
-        """Scale the volumes' brightness so that labelled voxels are as bright in synthetic volumes as in real ones.
+        """Set each volume's brightness so that labelled voxels are as bright in synthetic volumes as in it.
 
-        Haze and neighbours add to the light of a cell, most of all above and below it, where no ring tells the background.
+        Haze and neighbours add to the light of a cell, most of all above and below it, where no ring tells the background;
+        and the median of a few cells can be that of a mitosis.
         """
         background = cascade.background
         column = background.names.index("brightness")
-        real = [_seen(image, labels, float(row[column])) for (image, labels), row in zip(self.pairs, background.table)]
-        cells = cascade.cells([SampleKey(seed, ("calibration", i)) for i in range(CALIBRATION_CELLS)])
-        synthetic = []
+        try:
+            cells = cascade.cells([SampleKey(seed, ("calibration", i)) for i in range(CALIBRATION_CELLS)])
+        except SynthAugError as error:  # trained for seconds: the cascade is saved all the same
+            return [f"brightness left as measured: {error}"]
+        shape = self.pairs[0][0].shape
+        ratios = []
         for i in range(CALIBRATION_VOLUMES):
             keys = [SampleKey(seed, ("calibration", "volume", i))]
-            count = min(cascade.num_cells(keys, self.pairs[0][0].shape)[0], len(cells))
-            made = cascade.populate(cells, keys, self.pairs[0][0].shape, num_cells=count)
-            brightness = float(cascade.styles(keys)["brightness"][0])
-            synthetic.append(_seen(made.image[0, 0].numpy(), made.labels[0, 0].numpy(), brightness))
-        before = np.nanmedian(synthetic)
-        factor = float(np.clip(np.nanmedian(real) / before, 0.5, 2.0)) if before > 0 else 1.0
-        background.table[:, column] *= factor
-        return [f"brightness of the volumes scaled by {factor:.2f}"]
+            count = min(cascade.num_cells(keys, shape)[0], len(cells))
+            made = cascade.populate(cells, keys, shape, num_cells=count)
+            contrast = _contrast(made.image[0, 0].numpy(), made.labels[0, 0].numpy())
+            ratios.append(contrast / float(cascade.styles(keys)["brightness"][0]))
+        ratio = float(np.nanmedian(ratios))
+        if not ratio > 0:
+            return []
+        real = torch.tensor([_contrast(image, labels) / ratio for image, labels in self.pairs])
+        before = background.table[:, column]
+        background.table[:, column] = torch.where(real > 0, real.to(before), before)
+        return [f"labelled voxels were {ratio:.2f} of their volume's brightness, which was set accordingly"]
 
 
-def _seen(image: NDArray[np.float32], labels: NDArray[np.int32], brightness: float) -> float:
-    """Mean of the labelled voxels over the dark level, in units of the volume's brightness; NaN without any."""
+def _contrast(image: NDArray[np.float32], labels: NDArray[np.int32]) -> float:
+    """Mean of the labelled voxels over the dark level, counts; NaN without any."""
     inside = labels > 0
-    return float(image[inside].mean() - dark_level(image.astype(np.float64))) / brightness if inside.any() else np.nan
+    return float(image[inside].mean() - dark_level(image.astype(np.float64))) if inside.any() else np.nan
