@@ -14,10 +14,6 @@ from torch import Tensor, nn
 from synthaug.errors import InputError
 from synthaug.evaluation import segmenter
 from synthaug.evaluation.segmenter import (
-    BACKGROUND,
-    BORDER,
-    INTERIOR,
-    SEAM_WEIGHT,
     TrainTransform,
     build_segmenter,
     instances_from_probabilities,
@@ -29,6 +25,7 @@ from synthaug.evaluation.segmenter import (
     train_segmenter,
     weights_from_labels,
 )
+from synthaug.evaluation.targets import BACKGROUND, BORDER, INTERIOR, SEAM_WEIGHT
 from synthaug.randomness import SampleKey
 
 Pair = tuple[NDArray[np.float32], NDArray[np.int32]]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from synthaug.errors import InputError
 from synthaug.evaluation import train_monai_3d
-from synthaug.evaluation.segmenter import BACKGROUND, BORDER, INTERIOR
-from synthaug.evaluation.train_monai_3d import WithTargets, main, train, training_transform, validate, volume_targets
+from synthaug.evaluation.targets import BACKGROUND
+from synthaug.evaluation.train_monai_3d import WithTargets, main, train, training_transform, validate
 from synthaug.types import UNLABELLED
 from tests.fakes import FakeCascade3D
 
@@ -34,22 +34,6 @@ def volumes(num: int = 3, size: tuple[int, ...] = (20, 24, 22)) -> list[tuple[np
             label[[z for z in range(size[0]) if z % 3]] = UNLABELLED
         made.append((image.astype(np.float32), label))
     return made
-
-
-def test_targets() -> None:
-    label = np.zeros((5, 9, 12), int)
-    label[1:4, 1:8, 1:6], label[1:3, 1:8, 6:11], label[3:5, 1:8, 7:11] = 7, 3, 2
-    target = volume_targets(label)
-    assert (target.dtype, target.shape) == (np.int64, label.shape)
-    assert np.array_equal(target == BACKGROUND, label == 0)
-    assert target[2, 4].tolist() == [0, 2, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0], "3 meets 2 below it"
-    assert target[1, 4].tolist() == [0, 2, 1, 1, 1, 2, 2, 1, 1, 1, 2, 0], "its own upper side is no border"
-    assert (target[2, 1, 1:11] == BORDER).all()
-    sparse = np.full_like(label, UNLABELLED)
-    sparse[1] = label[1]
-    assert np.array_equal(volume_targets(sparse)[1], target[1]), "a plane alone says the same"
-    assert not volume_targets(sparse)[2:].any()
-    assert volume_targets(np.ones((1, 4, 4), int)).tolist() == [[[INTERIOR] * 4] * 4]
 
 
 def test_what_nobody_annotated_weighs_nothing() -> None:

@@ -1,7 +1,7 @@
 """A small segmenter to judge training data by: a MONAI UNet for background, interior and border, then a watershed.
 
-The three classes are those of Caicedo et al., Cytometry A 2019 (the border class is what keeps touching nuclei apart);
-the marker-based watershed is the usual way back to instances. It trains in minutes on a CPU.
+The marker-based watershed is the usual way back from the three classes of `targets.py` to instances. It trains in minutes on
+a CPU.
 """
 
 from __future__ import annotations
@@ -20,21 +20,13 @@ from torch import Tensor, nn
 
 from synthaug.errors import InputError
 from synthaug.evaluation.metrics import SegmentationScores, segmentation_scores
+from synthaug.evaluation.targets import BACKGROUND, INTERIOR, frame_targets, loss_weights
 from synthaug.randomness import SampleKey
-
-BACKGROUND, INTERIOR, BORDER = 0, 1, 2
 
 CHANNELS = (16, 32, 64, 96)
 """Of the levels of the network, each at half the resolution of the one before: 0.3 million parameters. On a CPU, many steps
 of a small network beat few of a larger one: after the same time on all of BBBC039's training set, one run of each, SEG was
 0.89 with this one and 0.85 with one whose first level has full resolution."""
-
-TOUCH_RADIUS = 2
-"""Pixels of a cell so close to another cell are border too; the outline itself is one pixel thick."""
-
-SEAM_RADIUS, SEAM_WEIGHT = 3, 5.0
-"""Pixels that have two cells so close weigh so much more than others in the loss. They are few, and all that decides
-whether neighbours are parted: without this, a short training on images where few cells touch merges those that do."""
 
 MIN_AREA = 20
 """Default size in pixels of the smallest instance that is kept."""
@@ -63,11 +55,7 @@ def normalise(image: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def targets_from_labels(labels: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-    """What the network has to say about every pixel.
-
-    Border are the outermost pixels of a cell and those within `TOUCH_RADIUS` of another cell; only pixels of a cell can
-    be border, so that interior and border together are the cell. Where an image ends, there is no border. Every cell
-    keeps some interior, however small it is.
+    """What the network has to say about every pixel of a frame; see `targets.frame_targets`.
 
     Args:
         labels: integer [Y, X], 0 = background.
@@ -80,42 +68,14 @@ def targets_from_labels(labels: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
     """
     if labels.ndim != 2 or labels.dtype.kind not in "iu":
         raise InputError("labels", expected="integers [Y, X]", got=f"{labels.dtype} {labels.shape}")
-    labels = labels.astype(np.int64)
-    cell = labels > 0
-    cross = ndimage.generate_binary_structure(2, 1)
-    outline = ndimage.maximum_filter(labels, footprint=cross) != ndimage.minimum_filter(labels, footprint=cross)
-    target = np.where(cell, INTERIOR, BACKGROUND)
-    target[cell & (outline | _near_two(labels, TOUCH_RADIUS))] = BORDER
-    areas = np.bincount(labels.ravel())
-    inner = np.bincount(labels[target == INTERIOR].ravel(), minlength=len(areas))
-    for lost in np.flatnonzero((areas > 0) & (inner == 0) & (np.arange(len(areas)) > 0)):
-        own = labels == lost
-        depth = ndimage.distance_transform_cdt(np.pad(own, 1))[1:-1, 1:-1]
-        target[own & (depth == depth.max())] = INTERIOR
-    return target.astype(np.int64)
+    target: NDArray[np.int64] = frame_targets(torch.from_numpy(labels.astype(np.int64))[None])[0].numpy()
+    return target
 
 
 def weights_from_labels(labels: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
-    """How much every pixel weighs in the loss: `SEAM_WEIGHT` between close cells, 1 elsewhere.
-
-    A box in place of the two distances of Ronneberger et al., MICCAI 2015, equation 2; much cheaper, same purpose.
-
-    Args:
-        labels: integer [Y, X], 0 = background.
-
-    Returns:
-        float32 [Y, X].
-    """
-    return np.where(_near_two(labels.astype(np.int64), SEAM_RADIUS), np.float32(SEAM_WEIGHT), np.float32(1))
-
-
-def _near_two(labels: NDArray[np.integer[Any]], radius: int) -> NDArray[np.bool_]:
-    """Where the box of that radius around a pixel holds pixels of more than one cell."""
-    width = 2 * radius + 1
-    largest = ndimage.maximum_filter(labels, width)
-    smallest = ndimage.minimum_filter(np.where(labels > 0, labels, labels.max()), width)
-    several: NDArray[np.bool_] = (largest > 0) & (smallest < largest)
-    return several
+    """float32 [(Z,) Y, X], how much every pixel of integer labels weighs in the loss; see `targets.loss_weights`."""
+    weights: NDArray[np.float32] = loss_weights(torch.from_numpy(labels.astype(np.int64))[None])[0].numpy()
+    return weights
 
 
 class TrainTransform:

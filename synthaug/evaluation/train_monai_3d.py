@@ -20,7 +20,6 @@ import torch
 from monai.inferers import sliding_window_inference
 from monai.networks.nets import UNet
 from numpy.typing import NDArray
-from scipy import ndimage
 from torch import Tensor, nn
 
 from synthaug.cascade import Cascade
@@ -29,15 +28,12 @@ from synthaug.datasets.synth import SynthDataset
 from synthaug.errors import InputError
 from synthaug.evaluation.metrics import SegmentationScores, segmentation_scores
 from synthaug.evaluation.segmenter import (
-    BACKGROUND,
-    BORDER,
-    INTERIOR,
     TrainingReport,
     instances_from_probabilities,
     normalise,
     train_segmenter,
-    weights_from_labels,
 )
+from synthaug.evaluation.targets import loss_weights, volume_targets
 from synthaug.randomness import SampleKey
 from synthaug.types import UNLABELLED
 
@@ -54,44 +50,13 @@ MIN_VOXELS = 50
 """Default size of the smallest instance that is kept."""
 
 
-def volume_targets(labels: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-    """What the network has to say about every voxel; the same for planes annotated alone and for whole volumes.
-
-    Border are the outermost voxels of a cell within its plane, and those that meet another cell in the next plane. A
-    cell's own upper and lower side is no border: where planes are annotated alone, nobody knows it.
-
-    Args:
-        labels: integer [Z, Y, X], 0 = background, `UNLABELLED` = not annotated.
-
-    Returns:
-        int64 [Z, Y, X] of `BACKGROUND`, `INTERIOR` and `BORDER`; `BACKGROUND` where not annotated.
-
-    >>> volume_targets(np.array([[[0, 0, 1, 1, 1, 2, 2, 2]]]))
-    array([[[0, 0, 2, 1, 2, 2, 1, 1]]])
-    """
-    known = np.maximum(labels, 0).astype(np.int64)
-    plane = ndimage.generate_binary_structure(2, 1)[None]
-    outline = ndimage.maximum_filter(known, footprint=plane) != ndimage.minimum_filter(known, footprint=plane)
-    meets = np.zeros(known.shape, bool)
-    if len(known) > 1:
-        differ = (known[1:] != known[:-1]) & (known[1:] > 0) & (known[:-1] > 0)
-        meets[1:] |= differ
-        meets[:-1] |= differ
-    target = np.where(known > 0, INTERIOR, BACKGROUND)
-    target[(known > 0) & (outline | meets)] = BORDER
-    return target.astype(np.int64)
-
-
 class WithTargets:
     """Adds `target` int64 and `weight` float32 [Z, Y, X] to a sample; the weight is 0 where nobody annotated."""
 
     def __call__(self, sample: Mapping[str, Any]) -> dict[str, Any]:
         """One sample with `label` [1, Z, Y, X], as `train_segmenter` takes it."""
-        label = np.asarray(sample["label"])[0]
-        known = label != UNLABELLED
-        weight = weights_from_labels(np.maximum(label, 0)) * known
-        targets = {"target": torch.from_numpy(volume_targets(label)), "weight": torch.from_numpy(weight)}
-        return {**sample, **targets}
+        label = torch.as_tensor(sample["label"]).as_subclass(Tensor).long()
+        return {**sample, "target": volume_targets(label)[0], "weight": loss_weights(label)[0]}
 
 
 def training_transform(size: Sequence[int]) -> mt.Compose:
