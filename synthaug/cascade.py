@@ -134,6 +134,16 @@ class Cascade(nn.Module):
         """Where the costly half runs."""
         return self.masks.device
 
+    def networks_to(self, device: str | torch.device) -> Cascade:
+        """Move the networks alone, in place: cells are made on `device` and come back to where they are placed.
+
+        Placement, light and camera run in kernels of the CPU, beside which a GPU would only wait. `to` moves all.
+        """
+        for stage in (self.masks, self.multiview, self.texture):
+            if stage is not None:
+                stage.to(device)
+        return self
+
     @property
     def block_size(self) -> int:
         """Cells generated together."""
@@ -188,7 +198,7 @@ class Cascade(nn.Module):
             rows = _pad(block, self.block_size)
             shapes = type(found[0]).cat([found[i] for i in rows])
             noise = self.texture.draw([keys[i].child("texture") for i in rows], self.num_slices)
-            out.append(self.texture(shapes, noise).select(slice(0, len(block))))
+            out.append(self.texture(shapes, noise).select(slice(0, len(block))).to(self.background.device))
         return Cells.cat(out)
 
     def _outlines(self, keys: Sequence[SampleKey], which: list[int], attempt: int) -> dict[int, CellMasks]:

@@ -68,6 +68,12 @@ class CropSet:
         own = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name not in SHARED_FIELDS}
         return replace(self, **own)
 
+    def to(self, device: str | torch.device) -> Self:
+        """The same crops on another device."""
+        tensors = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        moved: Self = replace(self, **tensors)  # type: ignore[arg-type]  # mypy takes them for fields of other types
+        return moved
+
 
 def enclosing_circle(points: NDArray[np.float64], num_iterations: int = 64) -> tuple[NDArray[np.float64], float]:
     """Centre and radius of a nearly smallest circle around `points` [n, 2] (Badoiu and Clarkson 2003, within 2 %)."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from synthaug.cascade import Cascade, CascadeConfig
@@ -81,6 +82,7 @@ def fit(
     voxel_size_um: tuple[float, float, float] | None = None,
     slice_step: int = 3,
     data_card: str = "",
+    device: str | torch.device = "cpu",
     log: Callable[[str], None] = print,
 ) -> Cascade:
     """Train every stage on image-label pairs and save the cascade.
@@ -96,6 +98,7 @@ def fit(
         voxel_size_um: (Z, Y, X) of the data, kept in the cascade; without it planes of volumes count as one pixel apart.
         slice_step: Of densely annotated volumes every so many planes are used, each by itself.
         data_card: Text for the model card about the data: source, licence, citation.
+        device: Where the networks are trained. The views of volumes are always trained on the CPU.
         log: Called with lines of progress.
 
     Raises:
@@ -154,7 +157,7 @@ def fit(
     masks = learn(
         "masks",
         MaskDDPM,
-        lambda s, path, say: recipes.fit_masks(outlines, source.masks if source else None, s, seed, path, say),
+        lambda s, path, say: recipes.fit_masks(outlines, source.masks if source else None, s, seed, path, say, device),
     )
     extra: dict[str, Any] = {}
     if ndim == 3:
@@ -172,7 +175,9 @@ def fit(
         "vae",
         TextureDiffusion,
         lambda s, path, say: recipes.fit_vae(
-            crops, source.texture if source else None, s, seed, path, say, latent_size=material.latent_size
+            *(crops, source.texture if source else None, s, seed, path, say),
+            latent_size=material.latent_size,
+            device=device,
         ),
     )
     # Read back what was saved: an interrupted and an uninterrupted fit go on from the same bits.
@@ -180,7 +185,7 @@ def fit(
     texture = learn(
         "texture",
         TextureDiffusion,
-        lambda s, path, say: recipes.fit_texture(crops, vae, source is not None, s, seed, path, say),
+        lambda s, path, say: recipes.fit_texture(crops, vae, source is not None, s, seed, path, say, device),
     )
     notes = material.finish(texture, background, seed)
     cascade = Cascade(

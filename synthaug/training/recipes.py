@@ -99,8 +99,8 @@ def _held_out_loss(
 ) -> Callable[[], float]:
     """The diffusion loss on held-out samples, at the same noise and timesteps every time it is called."""
     generator = SampleKey(seed, ("validation",)).generator()
-    noise = torch.randn(clean.shape, generator=generator)
-    timesteps = _timesteps(len(clean), generator)
+    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+    timesteps = _timesteps(len(clean), generator).to(clean.device)
 
     @torch.no_grad()
     def validate() -> float:
@@ -112,7 +112,13 @@ def _held_out_loss(
 
 
 def fit_masks(
-    crops: CropSet, start: MaskDDPM | None, budget_s: float, seed: int, checkpoint: Path, log: Log
+    crops: CropSet,
+    start: MaskDDPM | None,
+    budget_s: float,
+    seed: int,
+    checkpoint: Path,
+    log: Log,
+    device: str | torch.device = "cpu",
 ) -> tuple[MaskDDPM, LoopResult]:
     """Train the outlines on the crops' signed distances, long axis along x, flipped at random."""
     recipe = (ADAPT if start else SCRATCH)["masks"]
@@ -131,23 +137,24 @@ def fit_masks(
         clean = stage.to_grid(part.sdf, part.radius / part.scale, principal_angle(part.sdf < 0))
         return clean, stage.condition(attributes(part))
 
-    clean, condition = grids(training)
-    validate = _held_out_loss(stage, *grids(held_out), seed)
+    clean, condition = (x.to(device) for x in grids(training))
+    held_out_clean, held_out_condition = (x.to(device) for x in grids(held_out))
+    stage.to(device)
+    validate = _held_out_loss(stage, held_out_clean, held_out_condition, seed)
 
     def loss(key: SampleKey) -> Tensor:
         g = key.generator()
-        index = torch.randint(len(clean), (recipe.batch_size,), generator=g)
+        index = torch.randint(len(clean), (recipe.batch_size,), generator=g).to(device)
         flip = int(torch.randint(4, (1,), generator=g))
         axes = [axis for axis, on in ((-1, flip & 1), (-2, flip & 2)) if on]
         full = F.pixel_shuffle(clean[index], stage.config.patch_size)
         batch = F.pixel_unshuffle(full.flip(axes) if axes else full, stage.config.patch_size)
-        noise = torch.randn(batch.shape, generator=g)
+        noise = torch.randn(batch.shape, generator=g).to(device)
         cond = condition[index]
         # Smears the condition a little, so that drawn sizes and brightnesses between the real ones are familiar.
-        cond = cond + 0.1 * torch.randn(cond.shape, generator=g)
-        return diffusion_loss(
-            stage.scheduler, lambda x, t: stage.predict(x, t, cond), batch, noise, _timesteps(len(batch), g)
-        )
+        cond = cond + 0.1 * torch.randn(cond.shape, generator=g).to(device)
+        timesteps = _timesteps(len(batch), g).to(device)
+        return diffusion_loss(stage.scheduler, lambda x, t: stage.predict(x, t, cond), batch, noise, timesteps)
 
     result = train(
         [stage.unet], loss, validate, _loop_config(recipe, budget_s, seed, start is not None), checkpoint, log
@@ -181,6 +188,7 @@ def fit_vae(
     log: Log,
     *,
     latent_size: int = 16,
+    device: str | torch.device = "cpu",
 ) -> tuple[TextureDiffusion, LoopResult]:
     """Train the autoencoder on the crops; when adapting, its decoder alone, so that latents keep their meaning."""
     recipe = (ADAPT if start else SCRATCH)["vae"]
@@ -200,14 +208,15 @@ def fit_vae(
     log_brightness = crops.brightness.log()
     moments = torch.stack([log_brightness.mean(), log_brightness.std(unbiased=False).clamp_min(0.1)])
     stage.set_tables({"brightness_moments": moments})
-    training, held_out = split_crops(crops, seed)
-    zeros = torch.zeros(len(held_out), *stage.latent_shape)
+    stage.to(device)
+    training, held_out = (part.to(device) for part in split_crops(crops, seed))
+    zeros = torch.zeros(len(held_out), *stage.latent_shape, device=device)
 
     def loss(key: SampleKey) -> Tensor:
         g = key.generator()
-        index = torch.randint(len(training), (recipe.batch_size,), generator=g)
+        index = torch.randint(len(training), (recipe.batch_size,), generator=g).to(device)
         turn = int(torch.randint(8, (1,), generator=g))
-        noise = torch.randn((recipe.batch_size, *stage.latent_shape), generator=g)
+        noise = torch.randn((recipe.batch_size, *stage.latent_shape), generator=g).to(device)
         return _vae_loss(stage, _dihedral(training.image[index], turn), _dihedral(training.sdf[index], turn), noise)
 
     @torch.no_grad()
@@ -225,12 +234,19 @@ def fit_vae(
 
 
 def fit_texture(
-    crops: CropSet, start: TextureDiffusion, adapt: bool, budget_s: float, seed: int, checkpoint: Path, log: Log
+    crops: CropSet,
+    start: TextureDiffusion,
+    adapt: bool,
+    budget_s: float,
+    seed: int,
+    checkpoint: Path,
+    log: Log,
+    device: str | torch.device = "cpu",
 ) -> tuple[TextureDiffusion, LoopResult]:
     """Train UNet and control branch together on the latents of a trained autoencoder (paper: both are learned)."""
     recipe = (ADAPT if adapt else SCRATCH)["texture"]
-    stage = start
-    training, held_out = split_crops(crops, seed)
+    stage = start.to(device)
+    training, held_out = (part.to(device) for part in split_crops(crops, seed))
 
     with torch.no_grad():
         latents = stage.encode(held_out.image)
@@ -238,23 +254,22 @@ def fit_texture(
 
     def loss(key: SampleKey) -> Tensor:
         g = key.generator()
-        index = torch.randint(len(training), (recipe.batch_size,), generator=g)
+        index = torch.randint(len(training), (recipe.batch_size,), generator=g).to(device)
         turn = int(torch.randint(8, (1,), generator=g))
         sdf = _dihedral(training.sdf[index], turn)
         with torch.no_grad():
             clean = stage.encode(_dihedral(training.image[index], turn))
         condition = stage.condition(sdf, training.brightness[index])
-        noise = torch.randn(clean.shape, generator=g)
-        return diffusion_loss(
-            stage.scheduler, lambda x, t: stage.predict(x, t, condition), clean, noise, _timesteps(len(clean), g)
-        )
+        noise = torch.randn(clean.shape, generator=g).to(device)
+        timesteps = _timesteps(len(clean), g).to(device)
+        return diffusion_loss(stage.scheduler, lambda x, t: stage.predict(x, t, condition), clean, noise, timesteps)
 
     modules = [stage.unet, stage.controlnet]
     result = train(modules, loss, validate, _loop_config(recipe, budget_s, seed, adapt), checkpoint, log)
     stage.eval()
     # All crops, not only the few held out: one factor cannot over-fit, but ten cells are too few to measure it.
     some = torch.randperm(len(crops), generator=SampleKey(seed, ("calibration",)).generator())[:96]
-    stage.config = replace(stage.config, noise_scale=calibrate_contrast(stage, crops.select(some), seed))
+    stage.config = replace(stage.config, noise_scale=calibrate_contrast(stage, crops.select(some).to(device), seed))
     log(f"noise scale {stage.config.noise_scale:.3f}")
     return stage, result
 
