@@ -82,7 +82,7 @@ def frame_inputs(cells: Cells, p: float, key: SampleKey) -> tuple[Any, ...]:
     stage = PopulationSynthesis(PopulationConfig(min_area=30, clustering=p))
     drawn = {name: value[0] for name, value in stage.draw([key], (512, 512), [100]).items()}
     zeros = torch.zeros((100, stage.config.num_tries), dtype=torch.int64)
-    masks = resample(cells, drawn["rotation"], drawn["flip"])[1] < 0
+    masks = resample(cells, drawn["rotation"], drawn["flip"])[1]
     return (
         *(masks, torch.tensor([100]), drawn["position"], drawn["direction"], zeros, zeros, drawn["cluster"] < p),
         *(torch.zeros((1, 512, 512), dtype=torch.int32), 30),
@@ -94,7 +94,7 @@ def volume_inputs(cells: Cells, p: float, key: SampleKey) -> tuple[Any, ...]:
     stage = PopulationSynthesis(PopulationConfig(min_area=30, clustering=p, z_spacing=Z_SPACING))
     drawn = {name: value[0] for name, value in stage.draw([key], VOLUME, [100]).items()}
     zeros = torch.zeros((100, stage.config.num_tries), dtype=torch.int64)
-    masks = resample_stacks(cells, drawn["rotation"], drawn["flip"], drawn["mirror"])[1] < 0
+    masks = resample_stacks(cells, drawn["rotation"], drawn["flip"], drawn["mirror"])[1]
     return (
         *(masks, torch.tensor([100]), drawn["position"], drawn["direction"], drawn["choice"], zeros, zeros),
         *(drawn["cluster"] < p, torch.zeros((1, 7, 3), dtype=torch.float64), torch.zeros(0, dtype=torch.float64)),

@@ -174,16 +174,16 @@ def test_light_adds_up_with_brightness_and_gain() -> None:
 def test_stacks_are_turned_slice_by_slice_mirrored_along_z_and_scaled_in_plane() -> None:
     cells, angle = ellipsoids(3), torch.tensor([0.3, 1.0, 2.0])
     rotation, flip = torch.stack([angle.cos(), angle.sin()], -1), torch.tensor([1.0, -1.0, 1.0])
-    image, sdf = resample_stacks(cells, rotation, flip)
+    image, mask = resample_stacks(cells, rotation, flip)
     for k in range(7):
         plane = Cells(cells.image[:, k : k + 1], cells.sdf[:, k : k + 1], cells.brightness, cells.scale)
-        assert all(torch.equal(a[:, k], b) for a, b in zip((image, sdf), resample(plane, rotation, flip)))
+        assert all(torch.equal(a[:, k], b) for a, b in zip((image, mask), resample(plane, rotation, flip)))
     mirrored, _ = resample_stacks(cells, rotation, flip, torch.tensor([1.0, -1.0, -1.0]))
     assert torch.equal(mirrored[0], image[0])
     assert torch.equal(mirrored[1:], image[1:].flip(1))
     large = resample_stacks(replace(cells, scale=torch.full((3,), 2.0)), rotation, flip)[1]
     assert large.shape == (3, 7, 32, 32)
-    assert torch.allclose((large < 0).sum((1, 2, 3)) / (sdf < 0).sum((1, 2, 3)), torch.full((3,), 4.0), rtol=0.1)
+    assert torch.allclose(large.sum((1, 2, 3)) / mask.sum((1, 2, 3)), torch.full((3,), 4.0), rtol=0.1)
 
 
 def test_mirroring_along_z_can_be_left_out() -> None:
@@ -301,3 +301,25 @@ def test_wrong_configurations_are_named() -> None:
             PopulationConfig(**fields)
     with pytest.raises(InputError, match="size"):
         CONFINED.draw([SampleKey(0)], (40, 40), [3])
+
+
+def test_empty_slices_are_left_out_without_a_trace() -> None:
+    cells, n = ellipsoids(4), 4
+    padded = [
+        torch.nn.functional.pad(v, (0, 0, 0, 0, 3, 2), value=fill) for v, fill in ((cells.image, 0), (cells.sdf, 9))
+    ]
+    padded[0][2, 1, 5, 5] = 0.5  # light beyond the mask counts, too
+    tall, angle = Cells(*padded, cells.brightness, cells.scale), torch.linspace(0.2, 2, n)
+    rotation, flip = torch.stack([angle.cos(), angle.sin()], -1), torch.tensor([1.0, -1.0, 1.0, -1.0])
+    mirror, which = torch.tensor([1.0, -1.0, -1.0, 1.0]), torch.tensor([0, 3, 2, 3])
+    light, masks = resample_stacks(tall, rotation, flip, mirror, which)
+    for i, k in enumerate(which.tolist()):
+        turned = slice(i, i + 1)
+        for plane in range(tall.image.shape[1]):
+            source = tall.image.shape[1] - 1 - plane if mirror[i] < 0 else plane
+            one = Cells(
+                *(v[k : k + 1, source : source + 1] for v in padded), cells.brightness[:1], cells.scale[k : k + 1]
+            )
+            image, mask = resample(one, rotation[turned], flip[turned])
+            assert torch.equal(light[i, plane], image[0])
+            assert torch.equal(masks[i, plane], mask[0])

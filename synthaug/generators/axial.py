@@ -35,36 +35,98 @@ def blur_axis(volume: Tensor, sigma: float, axis: int) -> Tensor:
     if sigma <= 0.05:
         return volume
     radius = max(1, math.ceil(3 * sigma))
-    taps = [math.exp(-0.5 * (i / sigma) ** 2) for i in range(-radius, radius + 1)]
-    total = sum(taps)
-    size = volume.shape[axis]
-    padded = volume.index_select(axis, mirror_index(-radius, size + 2 * radius, size).to(volume.device))
-    out = padded.narrow(axis, radius, size) * (taps[radius] / total)
-    for i in range(radius):
-        pair = padded.narrow(axis, i, size) + padded.narrow(axis, 2 * radius - i, size)
-        out = out + pair * (taps[i] / total)
+    taps = [math.exp(-0.5 * (i / sigma) ** 2) for i in range(radius + 1)]
+    total = 2 * sum(taps) - taps[0]
+    return _filter(volume, [t / total for t in taps], axis, mirrored=True)
+
+
+def _filter(volume: Tensor, taps: list[float], axis: int, *, mirrored: bool) -> Tensor:
+    """Symmetric filter, middle tap first; without mirrored borders the axis gets shorter."""
+    if _is_compiled(volume):
+        from synthaug.kernels.wide_blur import filter_axis  # imports numba, which reading a cascade does not need
+
+        return torch.stack([filter_axis(v[0], taps, axis - 2, mirrored) for v in volume])[:, None]
+    radius, size = len(taps) - 1, volume.shape[axis]
+    if mirrored:
+        volume = volume.index_select(axis, mirror_index(-radius, size + 2 * radius, size).to(volume.device))
+    else:
+        size -= 2 * radius
+    out = volume.narrow(axis, radius, size) * taps[0]
+    for i in range(radius, 0, -1):
+        pair = volume.narrow(axis, radius - i, size) + volume.narrow(axis, radius + i, size)
+        out = out + pair * taps[i]
     return out
 
 
-def wide_blur_volume(volume: Tensor, sigmas: Sequence[float]) -> Tensor:
+def _is_compiled(volume: Tensor) -> bool:
+    return volume.device.type == "cpu" and volume.dtype == torch.float32
+
+
+@dataclass(frozen=True)
+class CoarseGrid:
+    """A smooth volume, stored as coarsely as it is smooth.
+
+    Attributes:
+        nodes: [B, 1, z, y, x].
+        factors: Voxels from node to node, (Z, Y, X).
+        offsets: Where the volume begins on the enlarged grid, voxels.
+    """
+
+    nodes: Tensor
+    factors: tuple[int, ...]
+    offsets: tuple[int, ...] = (0, 0, 0)
+
+    def add_to(self, total: Tensor, weight: float = 1.0, amplitude: Tensor | None = None) -> None:
+        """total += weight * this, linearly interpolated, * amplitude; in place.
+
+        Args:
+            total: [B, 1, Z, Y, X], contiguous.
+            weight: A factor.
+            amplitude: As `total`, or None for 1.
+        """
+        if _is_compiled(total):
+            from synthaug.kernels.wide_blur import add_enlarged
+
+            for i, row in enumerate(total[:, 0]):
+                own = None if amplitude is None else amplitude[i, 0]
+                add_enlarged(row, self.nodes[i, 0], self.factors, self.offsets, weight, own)
+            return
+        fine = self.nodes
+        if max(self.factors) > 1:
+            whole = [n * f for n, f in zip(fine.shape[2:], self.factors)]
+            fine = functional.interpolate(fine, size=whole, mode="trilinear", align_corners=False)
+        for axis, (offset, length) in enumerate(zip(self.offsets, total.shape[2:]), start=2):
+            fine = fine.narrow(axis, offset, length)
+        total += weight * (fine if amplitude is None else fine * amplitude)
+
+
+def blur_widely(volume: Tensor, sigmas: Sequence[float]) -> CoarseGrid:
     """Gaussian blur of [B, 1, Z, Y, X] with mirrored borders, on a grid coarse enough to be cheap.
 
     Args:
         volume: float32 or float64.
         sigmas: (Z, Y, X) in voxels.
     """
-    size = volume.shape[2:]
-    pools = [max(1, 2 ** int(math.log2(max(s / 2.4, 1.0)))) for s in sigmas]
-    padded = [-(-n // p) * p for n, p in zip(size, pools)]
-    for axis, (n, wanted) in enumerate(zip(size, padded), start=2):
-        if n != wanted:
-            volume = volume.index_select(axis, mirror_index(0, wanted, n).to(volume.device))
-    coarse = functional.avg_pool3d(volume, pools) if max(pools) > 1 else volume
+    pools = tuple(max(1, 2 ** int(math.log2(max(s / 2.4, 1.0)))) for s in sigmas)
+    if _is_compiled(volume):
+        from synthaug.kernels.wide_blur import shrink
+
+        coarse = torch.stack([shrink(v[0], pools) for v in volume])[:, None]
+    else:
+        for axis, (n, p) in enumerate(zip(volume.shape[2:], pools), start=2):
+            if n % p:
+                volume = volume.index_select(axis, mirror_index(0, -(-n // p) * p, n).to(volume.device))
+        coarse = functional.avg_pool3d(volume, pools)
     for axis, (sigma, pool) in enumerate(zip(sigmas, pools), start=2):
         coarse = blur_axis(coarse, sigma / pool, axis)
-    if max(pools) > 1:
-        coarse = functional.interpolate(coarse, size=padded, mode="trilinear", align_corners=False)
-    return coarse[:, :, : size[0], : size[1], : size[2]]
+    return CoarseGrid(coarse, pools)
+
+
+def wide_blur_volume(volume: Tensor, sigmas: Sequence[float]) -> Tensor:
+    """The same at full size: [B, 1, Z, Y, X]."""
+    total = torch.zeros_like(volume)
+    blur_widely(volume, sigmas).add_to(total)
+    return total
 
 
 def texture_grid_volume(size: Sequence[int], sigmas: Sequence[float]) -> tuple[int, ...]:
@@ -76,39 +138,30 @@ def texture_grid_volume(size: Sequence[int], sigmas: Sequence[float]) -> tuple[i
     return tuple(grid)
 
 
-def random_texture_volume(white: Tensor, size: Sequence[int], sigmas: Sequence[float]) -> Tensor:
-    """A Gaussian random field of unit variance, float32 [B, 1, Z, Y, X]; see `camera.random_texture`.
+def random_texture_volume(white: Tensor, sigmas: Sequence[float]) -> CoarseGrid:
+    """A Gaussian random field of unit variance; see `camera.random_texture`.
 
     Args:
-        white: float32 [B, 1, *texture_grid_volume(size, sigmas)], standard normal.
-        size: Canvas (Z, Y, X) in voxels.
+        white: float32 [B, 1, *texture_grid_volume(size, sigmas)], standard normal, for a volume of that size.
         sigmas: (Z, Y, X) of the blur that makes it, in voxels.
     """
     field, kept = white, 1.0
-    pitches = [texture_pitch(s) for s in sigmas]
+    pitches = tuple(texture_pitch(s) for s in sigmas)
     for axis, (sigma, pitch) in enumerate(zip(sigmas, pitches), start=2):
         grid = sigma / pitch
-        radius = math.ceil(3 * grid)
-        taps = [math.exp(-0.5 * (i / grid) ** 2) for i in range(-radius, radius + 1)]
-        energy = math.sqrt(sum(w * w for w in taps))
-        length = field.shape[axis] - 2 * radius
-        total = field.narrow(axis, radius, length) * (taps[radius] / energy)
-        for i in range(radius):
-            pair = field.narrow(axis, i, length) + field.narrow(axis, 2 * radius - i, length)
-            total = total + pair * (taps[i] / energy)
-        field = total
+        taps = [math.exp(-0.5 * (i / grid) ** 2) for i in range(math.ceil(3 * grid) + 1)]
+        energy = math.sqrt(2 * sum(w * w for w in taps) - 1)
+        field = _filter(field, [t / energy for t in taps], axis, mirrored=False)
         # standard deviation that linear interpolation between nodes keeps on average
         kept *= math.sqrt(2 / 3 + math.exp(-0.25 / grid**2) / 3) if pitch > 1 else 1.0
-    if max(pitches) > 1:
-        nodes = [n * p for n, p in zip(field.shape[2:], pitches)]
-        field = functional.interpolate(field, size=nodes, mode="trilinear", align_corners=False)
-    window = tuple(slice(p, p + n) for p, n in zip(pitches, size))
-    return field[(slice(None), slice(None), *window)] / kept
+    return CoarseGrid(field / kept, pitches, pitches)
 
 
 def attenuate(light: Tensor, per_plane: float) -> Tensor:
     """Light [B, 1, Z, Y, X] that falls by exp(-per_plane) from plane to plane, unchanged in its own mean plane."""
-    profile = light.clamp(min=0).sum((1, 3, 4)).double()  # [B, Z]
+    # Plane by plane: what is made on the way stays in the cache
+    planes = [[plane.clamp(min=0).sum() for plane in volume[0]] for volume in light]
+    profile = torch.stack([torch.stack(p) for p in planes]).double()  # [B, Z]
     z = torch.arange(profile.shape[1], device=light.device, dtype=torch.float64)
     middle = (profile * z).sum(1) / profile.sum(1).clamp(min=1e-9)
     factor = torch.exp(-per_plane * (z - middle[:, None])).to(light.dtype)

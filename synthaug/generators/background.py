@@ -27,11 +27,11 @@ from synthaug.generators.axial import (
     attenuate,
     axial_sigma,
     blur_axis,
+    blur_widely,
     fit_attenuation,
     mask_half_length,
     random_texture_volume,
     texture_grid_volume,
-    wide_blur_volume,
 )
 from synthaug.generators.camera import (
     correlate_noise,
@@ -43,7 +43,7 @@ from synthaug.generators.camera import (
     texture_grid,
     wide_blur,
 )
-from synthaug.generators.electrons import fit_read_noise, multiplied_noise, shape_noise
+from synthaug.generators.electrons import ELECTRONS, QUANTILES, fit_read_noise, multiplied_noise, shape_noise
 from synthaug.generators.frame_fit import (
     BLOCK,
     CLING_SIGMA,
@@ -442,12 +442,18 @@ class Background(Stage):
         if one.device.type != "cpu" and self.config.ndim == 2:
             return render(styles, one, two, noise)
         # CPU loops treat the last elements of a tensor differently from the others: one frame at a time keeps its bits
-        # the same wherever in a batch it stands. The copies put every frame at an aligned address.
+        # the same wherever in a batch it stands. The copies put every frame at an aligned address; volumes are large, and
+        # what is done to them voxel by voxel does not depend on it.
         rows = []
         for i in range(len(one)):
             at = slice(i, i + 1)
-            own = {name: value[at].clone() for name, value in noise.items()}
-            rows.append(render(styles.select(at), one[at].clone(), two[at].clone(), own))
+            inputs = [one[at], two[at]]
+            own = {name: value[at] for name, value in noise.items()}
+            if self.config.ndim == 2:
+                inputs, own = [value.clone() for value in inputs], {name: value.clone() for name, value in own.items()}
+            rows.append(render(styles.select(at), *inputs, own))
+        if len(rows) == 1:
+            return rows[0]
         return torch.cat(rows) if rows else torch.empty_like(one)
 
     def _on_model(self, styles: FrameStyles, light: Tensor, labels: Tensor, noise: Noise) -> Tensor:
@@ -482,22 +488,25 @@ class Background(Stage):
             self._window(styles[name], place[:, i], n)
             for name, i, n in zip(("depth", "height", "width"), (6, 0, 1), size)
         )
-        across = style["field_y"] * y[:, None, None, :, None] + style["field_x"] * x[:, None, None, None, :]
-        unevenness = across + style["field_z"] * z[:, None, :, None, None]
-        base = style["level"] * (1 + unevenness).clamp(min=0.2)
-        lit = self._through_optics(styles, light)
-        for name, (axial, wide) in zip(VOLUME_HAZES, HAZE_BLURS):
-            if style[name] > 0:
-                base = base + style[name] * wide_blur_volume(lit, (axial, wide, wide))
-        glow = wide_blur_volume(lit, (CLING_BLUR[0], CLING_BLUR[1], CLING_BLUR[1])) / style["brightness"]
-        amplitude = modulation(glow, style["cling"], style["glow"])
-        for name, (axial, wide) in zip(VOLUME_TEXTURES, TEXTURE_BLURS):
-            if style[name] > 0:
-                base = base + style[name] * random_texture_volume(noise[name], size, (axial, wide, wide)) * amplitude
-        expected = base + lit
-        flat = style["flat_variance"]
-        variance = (flat + style["gain"] * (expected - style["level"])).clamp(min=0.1 * flat)
-        return self._expose(expected, variance, noise["camera"], styles["gain"])
+        # Plane by plane and in place: large volumes leave the cache, and new memory for them costs more than the sums
+        across = style["field_y"] * y[0, :, None] + style["field_x"] * x[0]
+        base, lit = torch.empty_like(light, memory_format=torch.contiguous_format), self._through_optics(styles, light)
+        for plane, height in zip(base[0, 0], z[0]):
+            torch.add(across, style["field_z"] * height, out=plane)
+            plane.add_(1).clamp_(min=0.2).mul_(style["level"])
+        hazes = {name: widths for name, widths in zip(VOLUME_HAZES, HAZE_BLURS) if style[name] > 0}
+        blurs = {(s, w): blur_widely(lit, (s, w, w)) for s, w in {*hazes.values(), CLING_BLUR}}
+        for name, widths in hazes.items():
+            blurs[widths].add_to(base, style[name])
+        textures = {name: widths for name, widths in zip(VOLUME_TEXTURES, TEXTURE_BLURS) if style[name] > 0}
+        amplitude = torch.zeros_like(base)
+        blurs[CLING_BLUR].add_to(amplitude, 1 / style["brightness"])
+        for plane in amplitude[0, 0]:
+            plane.copy_(modulation(plane, style["cling"], style["glow"]))
+        for name, (axial, wide) in textures.items():
+            random_texture_volume(noise[name], (axial, wide, wide)).add_to(base, style[name], amplitude)
+        base += lit
+        return self._expose_volume(base, base, style["level"], style["flat_variance"], style["gain"], noise["camera"])
 
     def _through_optics(self, styles: FrameStyles, light: Tensor) -> Tensor:
         """Counts that the cells' light makes in focus: [1, 1, (Z,) Y, X]."""
@@ -536,8 +545,24 @@ class Background(Stage):
     def _on_image(self, styles: FrameStyles, light: Tensor, image: Tensor, noise: Noise) -> Tensor:
         lit = self._through_optics(styles, light)
         gain = styles["gain"]
-        variance = gain.reshape(-1, *[1] * (light.ndim - 1)) * lit
-        return self._expose(image + lit, variance, noise["camera"], gain)
+        if light.ndim == 5:
+            return self._expose_volume(image + lit, lit, 0.0, 0.0, float(gain[0]), noise["camera"])
+        return self._expose(image + lit, gain[:, None, None, None] * lit, noise["camera"], gain)
+
+    def _expose_volume(
+        self, expected: Tensor, signal: Tensor, level: float, flat: float, gain: float, camera: Tensor
+    ) -> Tensor:
+        """One stack [1, 1, Z, Y, X]; its variance is flat + gain * (signal - level), a tenth of `flat` or more."""
+        config = self.config
+        if expected.device.type == "cpu":
+            from synthaug.kernels.exposure import read_out  # imports numba, which reading a cascade does not need
+
+            affine, read, camera_range = (level, flat, gain), config.read_noise, (config.integer, config.saturation)
+            spans = (float(ELECTRONS[0]), float(ELECTRONS[-1]), float(QUANTILES[-1]))
+            rows = (expected[0, 0], signal[0, 0], camera[0, 0], self.kernel, self.noise_table)
+            return read_out(*rows, *affine, read, *spans, *camera_range)[None, None]
+        variance = (flat + gain * (signal - level)).clamp(min=0.1 * flat)
+        return self._expose(expected, variance, camera, torch.tensor([gain], device=expected.device))
 
     def _expose(self, expected: Tensor, variance: Tensor, camera: Tensor, gain: Tensor) -> Tensor:
         noise = correlate_noise(camera, self.kernel)

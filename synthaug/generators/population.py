@@ -310,18 +310,18 @@ class PopulationSynthesis(Stage):
         p = self.config.clustering if clustering is None else clustering
         self._check_forward(cells, picks, noise, size, p, occupied)
         device, counts = cells.image.device, [len(pick) for pick in picks]
-        chosen = cells.select(torch.cat([*picks, torch.empty(0, dtype=torch.int64)]).to(device))
-        if device.type != "cpu":
-            chosen = chosen.to("cpu")
+        which = torch.cat([*picks, torch.empty(0, dtype=torch.int64)])
+        if device.type != "cpu":  # only those that are placed are copied
+            cells, which = cells.select(which.to(device)).to("cpu"), torch.arange(len(which))
         drawn = _of_cells(noise, counts)
         if len(size) == 2:
-            image, sdf = resample(chosen, drawn["rotation"], drawn["flip"])
-            labels, corners = self._place(sdf < 0, drawn, counts, p, _compact(occupied, len(picks), size))
+            image, masks = resample(cells, drawn["rotation"], drawn["flip"], which)
+            labels, corners = self._place(masks, drawn, counts, p, _compact(occupied, len(picks), size))
         else:
-            image, sdf = resample_stacks(chosen, drawn["rotation"], drawn["flip"], drawn["mirror"])
+            image, masks = resample_stacks(cells, drawn["rotation"], drawn["flip"], drawn["mirror"], which)
             known = None if occupied is None else _compact(occupied, len(picks), size)
-            labels, corners = self._place_3d(sdf < 0, drawn, counts, p, size, self._regions(noise, known), known)
-        light = composite(image, chosen.brightness * drawn["gain"], corners, counts, size)
+            labels, corners = self._place_3d(masks, drawn, counts, p, size, self._regions(noise, known), known)
+        light = composite(image, cells.brightness[which] * drawn["gain"], corners, counts, size)
         return Scenes(
             light=light[:, None].to(device),
             labels=labels[:, None].to(device),
@@ -487,9 +487,7 @@ def _fit_frames(
         key, count = SampleKey(0, ("fit clustering", i)), len(real[i])
         drawn = {k: v[0] for k, v in PopulationSynthesis(config).draw([key], (1, 1), [count]).items()}
         chosen = cells.select(torch.from_numpy(key.child("picks").numpy().integers(0, len(cells), count)))
-        trials.append(
-            (resample(chosen, drawn["rotation"], drawn["flip"])[1] < 0, drawn, torch.zeros((1, *frame.shape)))
-        )
+        trials.append((resample(chosen, drawn["rotation"], drawn["flip"])[1], drawn, torch.zeros((1, *frame.shape))))
 
     def trial(clustering: float, clearance: int) -> NDArray[np.float64]:
         stage = PopulationSynthesis(replace(config, clustering=clustering, clearance=clearance))
@@ -568,7 +566,7 @@ def _trial_volume(
     noise = stage.draw([key], size, [count])
     drawn = _of_cells(noise, [count])
     chosen = cells.select(torch.from_numpy(key.child("picks").numpy().integers(0, len(cells), count)))
-    masks = resample_stacks(chosen, drawn["rotation"], drawn["flip"], drawn["mirror"])[1] < 0
+    masks = resample_stacks(chosen, drawn["rotation"], drawn["flip"], drawn["mirror"])[1]
     return masks, drawn, stage._regions(noise, None), size
 
 

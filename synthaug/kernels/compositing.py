@@ -18,51 +18,77 @@ BLOCK = 64
 """Slices resampled at a time."""
 
 
-def resample(cells: Cells, rotation: Tensor, flip: Tensor) -> tuple[Tensor, Tensor]:
-    """Light and signed distance [N, P, P] of rotated and flipped cells of one slice; see `resample_stacks`."""
-    image, sdf = resample_stacks(cells, rotation, flip)
-    return image[:, 0], sdf[:, 0]
+def resample(cells: Cells, rotation: Tensor, flip: Tensor, which: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Light and mask [N, P, P] of rotated and flipped cells of one slice; see `resample_stacks`."""
+    image, mask = resample_stacks(cells, rotation, flip, which=which)
+    return image[:, 0], mask[:, 0]
 
 
 def resample_stacks(
-    cells: Cells, rotation: Tensor, flip: Tensor, mirror: Tensor | None = None
+    cells: Cells, rotation: Tensor, flip: Tensor, mirror: Tensor | None = None, which: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Light and signed distance of cells rotated and flipped in plane, in image pixels (bicubic: textures stay sharp).
+    """Light and mask of cells rotated and flipped in plane, in image pixels (bicubic: textures stay sharp).
 
     Args:
-        cells: N cells of S slices on the CPU.
+        cells: cells of S slices on the CPU.
         rotation: float32 [N, 2], cosine and sine.
         flip: float32 [N], -1 mirrors.
         mirror: float32 [N], -1 reverses the order of the slices; none by default.
+        which: int64 [N], cells to take, any of them as often as wanted; default: all, N of them.
 
     Returns:
-        float32 [N, S, P, P] each, P the largest crop size of all in image pixels; a cell's values depend neither on P
-        nor on the other cells. The distance is truncated at 8 crop pixels.
+        float32 and bool [N, S, P, P], P the largest crop size of all in image pixels; a cell's values depend neither on P
+        nor on the other cells. The mask is where the signed distance, truncated at 8 crop pixels, is negative.
     """
-    n, slices, side = len(cells), cells.image.shape[1], cells.image.shape[-1]
-    sides = (torch.ceil(cells.scale * (side / 8) - 1e-4) * 8).long()
+    which = torch.arange(len(cells)) if which is None else which
+    n, slices, side = len(which), cells.image.shape[1], cells.image.shape[-1]
+    scale = cells.scale[which]
+    sides = (torch.ceil(scale * (side / 8) - 1e-4) * 8).long()
     largest = int(sides.max()) if n else side
-    out = torch.zeros((n, 2, slices, largest, largest))
-    if bool((sides < largest).any()):
-        out[:, 1] = SDF_LIMIT
+    # Memory that the system hands out as zeros costs nothing where nothing is written, and numpy asks for large pages
+    light = torch.from_numpy(np.zeros((n, slices, largest, largest), np.float32))
+    masks = torch.from_numpy(np.zeros((n, slices, largest, largest), np.bool_))
+    first, end = _spans(cells, which, mirror)
     for one in sorted(set(sides.tolist())):
         axis = torch.arange(one, dtype=torch.float32) - (one - 1) / 2
         start = (largest - one) // 2  # both are multiples of 8, so the middle stays the middle
+        window = slice(start, start + one)
         # A few cells at a time: what is copied on the way stays in the cache
         for index in torch.nonzero(sides == one)[:, 0].split(max(BLOCK // slices, 1)):
-            pair = torch.stack([cells.image[index], cells.sdf[index].clamp(-SDF_LIMIT, SDF_LIMIT) - SDF_LIMIT], dim=1)
+            low, high = int(first[index].min()), int(end[index].max())
+            if low >= high:
+                continue
+            planes = torch.arange(low, high).expand(len(index), -1)
             if mirror is not None:
-                pair = torch.where(mirror[index, None, None, None, None] < 0, pair.flip(2), pair)
+                planes = torch.where(mirror[index, None] < 0, slices - 1 - planes, planes)
+            source = which[index, None], planes
+            image, sdf = cells.image[source], cells.sdf[source].clamp_(-SDF_LIMIT, SDF_LIMIT) - SDF_LIMIT
             # Crop pixels from the centre to grid_sample's units: half a crop is 1
-            cosine, sine = (rotation[index] / (cells.scale[index, None] * (side / 2))).T[:, :, None, None]
+            cosine, sine = (rotation[index] / (scale[index, None] * (side / 2))).T[:, :, None, None]
             grid = torch.stack([cosine * axis - sine * axis[:, None], sine * axis + cosine * axis[:, None]], dim=-1)
             grid[..., 0] *= flip[index, None, None]
             value = functional.grid_sample(
-                pair.flatten(1, 2), grid, mode="bicubic", padding_mode="zeros", align_corners=False
-            ).unflatten(1, (2, slices))
-            value[:, 1] += SDF_LIMIT
-            out[index, :, :, start : start + one, start : start + one] = value
-    return out[:, 0], out[:, 1]
+                torch.cat([image, sdf], dim=1), grid, mode="bicubic", padding_mode="zeros", align_corners=False
+            ).unflatten(1, (2, high - low))
+            light[index, low:high, window, window] = value[:, 0]
+            masks[index, low:high, window, window] = value[:, 1] + SDF_LIMIT < 0
+    return light, masks
+
+
+def _spans(cells: Cells, which: Tensor, mirror: Tensor | None) -> tuple[Tensor, Tensor]:
+    """First slice with something in it, and the one after the last, of each chosen cell as it is mirrored; int64 [N] each."""
+    slices = cells.image.shape[1]
+    first, end = torch.zeros(len(cells), dtype=torch.int64), torch.full((len(cells),), slices)
+    if slices > 1:
+        for i in which.unique().tolist():
+            dark = (cells.image[i].amin((1, 2)) == 0) & (cells.image[i].amax((1, 2)) == 0)
+            used = ~dark | (cells.sdf[i].amin((1, 2)) < SDF_LIMIT)
+            inside = torch.nonzero(used)[:, 0]
+            first[i], end[i] = (inside[0], inside[-1] + 1) if len(inside) else (0, 0)
+    first, end = first[which], end[which]
+    if mirror is not None:
+        first, end = torch.where(mirror < 0, slices - end, first), torch.where(mirror < 0, slices - first, end)
+    return first, end
 
 
 def composite(
