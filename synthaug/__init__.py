@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from synthaug.cascade import Cascade
+    from synthaug.datasets.cellpose import cellpose_data
     from synthaug.datasets.readers import open_pairs
     from synthaug.datasets.synth import SynthDataset
     from synthaug.datasets.transforms import RandSynthPopulation, RandSynthPopulationd
@@ -23,6 +24,7 @@ _HOMES = {
     "RandSynthPopulationd": "synthaug.datasets.transforms",
     "SampleKey": "synthaug.randomness",
     "SynthDataset": "synthaug.datasets.synth",
+    "cellpose_data": "synthaug.datasets.cellpose",
     "open_pairs": "synthaug.datasets.readers",
 }
 
@@ -33,6 +35,7 @@ __all__ = [
     "SampleKey",
     "SynthDataset",
     "__version__",
+    "cellpose_data",
     "open_pairs",
 ]
 
