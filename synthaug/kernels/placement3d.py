@@ -42,11 +42,21 @@ def _find_runs(mask: Any, words: Any, runs: Any) -> int:
                 if word == full:
                     if start < 0:
                         start = 8 * w
-                elif word == 0:
+                    continue
+                if word == 0:
                     if start >= 0:
                         runs[n, 0], runs[n, 1], runs[n, 2], runs[n, 3] = z, y, start, 8 * w
                         n += 1
                         start = -1
+                    continue
+                # Most runs are longer than a word: it holds one end, which the number of its voxels tells
+                k = np.int64((word * full) >> np.uint64(56))
+                if start < 0 and word == full << np.uint64(64 - 8 * k):
+                    start = 8 * w + 8 - k
+                elif start >= 0 and word == full >> np.uint64(64 - 8 * k):
+                    runs[n, 0], runs[n, 1], runs[n, 2], runs[n, 3] = z, y, start, 8 * w + k
+                    n += 1
+                    start = -1
                 else:
                     for x in range(8 * w, 8 * w + 8):
                         if mask[z, y, x]:
@@ -124,7 +134,10 @@ def _keep_largest(runs: Any, n: int, height: int, first: Any, part: Any, volumes
 def _is_free(runs: Any, n: int, front: int, top: int, left: int, width: int, taken: Any) -> bool:
     """No voxel of the shifted runs that lies on the canvas is taken (one bit a voxel)."""
     full = np.uint64(0xFFFFFFFFFFFFFFFF)
-    for k in range(n):
+    for i in range(n):
+        k = (
+            i + n // 2 if i < n - n // 2 else i - (n - n // 2)
+        )  # cells meet at their middles more often than at their ends
         z, y = runs[k, 0] + front, runs[k, 1] + top
         start, end = max(runs[k, 2] + left, 0), min(runs[k, 3] + left, width) - 1
         if 0 <= z < taken.shape[0] and 0 <= y < taken.shape[1] and start <= end:
