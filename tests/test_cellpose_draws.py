@@ -26,6 +26,9 @@ class Numbered:
         number = next(self._numbers)
         return Pair(np.full(self.shape, number, np.float32), np.full((3, 3, 5), number, np.float32))
 
+    def close(self) -> None:
+        self.pair = None  # type: ignore[assignment, method-assign]
+
 
 @pytest.fixture
 def data() -> tuple[Images, Labels]:
@@ -59,6 +62,9 @@ def test_a_step_gets_images_and_their_labels(data: tuple[Images, Labels]) -> Non
         dealt += numbers(drawn)
     assert dealt == list(range(8)), "every draw is the next pair, and looking around took none"
     assert images.wait_seconds == 1.5
+    images.close()
+    with pytest.raises(TypeError):
+        images[0]
 
 
 def test_a_slot_drawn_twice_in_a_step_gives_two_pairs_each_with_its_own_label(data: tuple[Images, Labels]) -> None:

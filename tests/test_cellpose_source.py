@@ -66,6 +66,14 @@ def test_the_next_batch_is_made_while_the_present_one_is_dealt() -> None:
     assert not made.acquire(timeout=0.3), "one batch ahead, not two"
 
 
+def test_a_closed_source_says_so_instead_of_waiting_for_ever() -> None:
+    source = source_of(stream_of())
+    source.close()
+    assert not source._thread._thread.is_alive()
+    with pytest.raises(InputError, match=r"got one closed\. Call cellpose_data once more"):
+        [source.pair() for _ in range(100)]
+
+
 def test_what_cellpose_sees_of_all_cells_has_their_median_area() -> None:
     source = source_of(stream_of())
     shown = np.unique(source.areas, return_counts=True)[1][1:]

@@ -68,7 +68,8 @@ def cellpose_data(
 
     Returns:
         Two sequences for `train_seg`, of images [C, Y, X] and labels [4, Y, X] (label, cell, flow along Y and X). They
-        serve it and nobody else: their items cannot be looked at as arrays.
+        serve it and nobody else: their items cannot be looked at as arrays. A thread works ahead until both are gone, or
+        `train_data.close()`.
 
     Raises:
         InputError: Cellpose is missing or of another version, or an argument or sample is not what it has to be. Faults of

@@ -49,6 +49,10 @@ class Source(Protocol):
         """The next one."""
         ...
 
+    def close(self) -> None:
+        """Make no more."""
+        ...
+
 
 class Draws:
     """Which pair was dealt for which slot: the images of one step first, then the other halves of all of them.
@@ -114,6 +118,10 @@ class Images:
     def wait_seconds(self) -> float:
         """Wall time that the training has waited for the stream so far, that of the first batches included."""
         return self._draws.source.wait_seconds
+
+    def close(self) -> None:
+        """Stop making pairs ahead; both sequences are used up then."""
+        self._draws.source.close()
 
 
 class Labels:

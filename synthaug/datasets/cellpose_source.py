@@ -61,6 +61,7 @@ class StreamSource:
         self._batches: Iterator[Any] = iter(stream)  # here, so that workers are not forked from a thread
         self._num_batches = 0
         self._next: Future | None = None
+        self._closed = False
         self.wait_seconds = 0.0
         made = self._wait()
         self.batch_size = len(made)
@@ -71,12 +72,26 @@ class StreamSource:
         self.areas = areas_as_label(np.concatenate([cells for _, cells in made]))
 
     def pair(self) -> Pair:
-        """The next one."""
+        """The next one.
+
+        Raises:
+            InputError: The sample is not what it has to be, or the source is closed.
+            ProducerError: Making cells failed.
+        """
         if not self._ready:
             self._ready.extend(pair for pair, _ in self._wait())
         return self._ready.popleft()
 
+    def close(self) -> None:
+        """Stop the thread, after the batch it is at; no pair can be had any more."""
+        self._closed = True
+        self._thread.close()
+
     def _wait(self) -> _Made:
+        if self._closed:
+            raise InputError(
+                "cellpose_data", expected="a stream in use", got="one closed", remedy="Call cellpose_data once more."
+            )
         begun = time.perf_counter()
         future, self._next = self._next or self._thread.submit(self._make), None
         try:

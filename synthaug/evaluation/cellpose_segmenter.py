@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from synthaug.datasets.cellpose import cellpose_data, import_cellpose, real_lists
+from synthaug.datasets.cellpose_draws import Images
 from synthaug.datasets.loader import SynthLoader
 from synthaug.datasets.mixing import relabel
 from synthaug.datasets.synth import SynthDataset
@@ -132,7 +133,9 @@ def train_cellpose(
         images, labels = real_lists(stream, nbase[0], device)
     report = TrainingReport(steps=steps, samples=steps * batch_size)
     report.first_wait_seconds = getattr(images, "wait_seconds", 0.0)
-    with tempfile.TemporaryDirectory() as folder, _forwarded(log, steps):
+    with tempfile.TemporaryDirectory() as folder, _forwarded(log, steps), contextlib.ExitStack() as stack:
+        if isinstance(images, Images):
+            stack.callback(images.close)
         _, losses, _ = train_seg(
             network,
             train_data=images,
