@@ -5,7 +5,9 @@ offsets with another number of workers; and every label of it is looked at. Exit
 sample breaks the contract on labels. Run:
 
     python benchmarks/stream_hash.py [CASCADE]
-    python benchmarks/stream_hash.py nuclei-3d --size 16 64 64 --batches 125     # 500 volumes
+    python benchmarks/stream_hash.py nuclei-3d --size 16 64 64 --batches 125 --num-lanes 4 --max-reuse 64 --num-cells 2 8
+
+The last line is 500 volumes; at the density of the data and with a reuse of 16 it would need several times the fresh cells.
 """
 
 from __future__ import annotations
@@ -53,6 +55,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=200)
     parser.add_argument("--size", type=int, nargs="+", help="(Z) Y X; default 96 96, or 16 64 64 in 3D")
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--num-lanes", type=int, default=8, help="fewer lanes need fewer cells")
+    parser.add_argument("--max-reuse", type=int, default=16)
+    parser.add_argument("--num-cells", type=int, nargs=2, help="LOW HIGH of a sample; default as dense as the data")
     options = parser.parse_args()
     cascade = Cascade.from_pretrained(options.cascade)
     size = options.size or ((96, 96) if cascade.ndim == 2 else (16, 64, 64))
@@ -64,6 +69,9 @@ def main() -> None:
             size=size,
             batch_size=options.batch_size,
             num_batches=options.batches,
+            num_lanes=options.num_lanes,
+            max_reuse=options.max_reuse,
+            num_cells=options.num_cells,
             seed=0,
         )
 
@@ -99,6 +107,9 @@ def main() -> None:
             "size": list(size),
             "batches": options.batches,
             "samples": options.batches * options.batch_size,
+            "num_lanes": options.num_lanes,
+            "max_reuse": options.max_reuse,
+            "num_cells": options.num_cells or "as dense as the data",
             "violations": sum(broken),
             "sha256": total,
             "same": same,

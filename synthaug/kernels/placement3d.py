@@ -50,7 +50,7 @@ def _find_runs(mask: Any, words: Any, runs: Any) -> int:
                         start = -1
                     continue
                 # Most runs are longer than a word: it holds one end, which the number of its voxels tells
-                k = np.int64((word * full) >> np.uint64(56))
+                k: Any = np.int64((word * full) >> np.uint64(56))
                 if start < 0 and word == full << np.uint64(64 - 8 * k):
                     start = 8 * w + 8 - k
                 elif start >= 0 and word == full >> np.uint64(64 - 8 * k):
