@@ -471,7 +471,10 @@ class Cascade(nn.Module):
         scaled.population.config = self.population.config.at_scale(z, plane)
         scaled.background.scale_table(z, plane)
         if scaled.slicing is not None:
-            scaled.texture.config = replace(self.texture.config, axial_sigma=self.texture.config.axial_sigma / z)
+            texture = self.texture.config
+            scaled.texture.config = replace(
+                texture, axial_sigma=texture.axial_sigma / z, slice_sigma=texture.slice_sigma / z
+            )
             scaled.slicing.config = scaled.slicing.config.at_scale(z, plane)
         return scaled
 

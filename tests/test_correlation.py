@@ -94,8 +94,18 @@ def test_rho_is_found_again(texture):
     rng = np.random.default_rng(0)
     real = [(50 * (p + 0.1 * rng.standard_normal(p.shape)).astype(np.float32), m) for p, m in real]
     fit = fit_rho(texture, real, num_cells=6)
+    assert fit.slice_sigma < 0.6  # equal at both distances: no blur
     assert fit.rho == pytest.approx(1.0, abs=0.45)
     assert fit.synthetic.correlation == pytest.approx(fit.real.correlation, abs=0.08)
     assert fit.independent.correlation[0] < fit.synthetic.correlation[0]
     with pytest.raises(InputError, match="32 x 32"):
         fit_rho(texture, [(real[0][0][:, :16, :16], real[0][1][:16, :16])])
+
+
+def test_planes_that_grow_apart_are_told_from_common_noise(texture):
+    masks = [disc(13.0, 32)] * 12
+    real = synthetic_planes(texture, masks, rho=0.5, slice_sigma=1.2, seed=5)
+    fit = fit_rho(texture, real, num_cells=12)
+    assert fit.slice_sigma == pytest.approx(1.2, abs=0.4)
+    assert fit.real.correlation[0] > fit.real.correlation[1] + 0.1
+    assert fit.synthetic.correlation == pytest.approx(fit.real.correlation, abs=0.1)

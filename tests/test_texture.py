@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from synthaug.generators.texture import (
     TextureDiffusion,
     axial_profile,
     build_unet,
+    slice_correlation,
     tiny_config,
 )
 from synthaug.randomness import SampleKey
@@ -60,6 +62,28 @@ def test_noise_has_unit_variance_and_the_correlation_of_eq_2():
         assert float(noise.var()) == pytest.approx(1.0, abs=0.02)
         a, b = noise[:, 0].flatten(), noise[:, 2].flatten()
         assert float(torch.corrcoef(torch.stack([a, b]))[0, 1]) == pytest.approx(rho**2 / (1 + rho**2), abs=0.02)
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.3, 3.0])
+def test_blurred_unique_noise_keeps_its_variance_and_fades_with_the_distance_of_slices(sigma):
+    rho = 0.5
+    keys = [SampleKey(1, (i,)) for i in range(64)]
+    noise = TextureDiffusion(small(rho=rho, slice_sigma=sigma)).draw(keys, num_slices=5)["latent"]
+    assert noise.shape[1] == 5
+    for k in range(5):
+        assert float(noise[:, k].var()) == pytest.approx(1.0, abs=0.04)
+    for apart in (1, 2, 4):
+        a, b = noise[:, 0].flatten(), noise[:, apart].flatten()
+        wanted = (rho**2 + slice_correlation(sigma, apart)) / (1 + rho**2)
+        assert float(torch.corrcoef(torch.stack([a, b]))[0, 1]) == pytest.approx(wanted, abs=0.03)
+        if sigma > 1:
+            assert slice_correlation(sigma, apart) == pytest.approx(np.exp(-((apart / (2 * sigma)) ** 2)), abs=0.01)
+
+
+def test_one_slice_is_the_same_noise_with_and_without_blur():
+    keys = [SampleKey(1, (i,)) for i in range(3)]
+    plain, blurred = (TextureDiffusion(small(slice_sigma=s)).draw(keys)["latent"] for s in (0.0, 1.3))
+    assert torch.equal(plain, blurred)
 
 
 def test_a_keys_bits_do_not_depend_on_its_place_in_the_block(stage):

@@ -8,6 +8,7 @@ so that noise correlated over slices gives textures correlated over slices.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,8 @@ class TextureConfig:
             correlations between slices stay those of eq. 2.
         controlnet_conditioning_scale: Weight of the control branch.
         rho: Strength of the texture's consistency over slices, eq. 2; 0 = independent slices.
+        slice_sigma: Stacks: Gaussian blur of the unique noise of eq. 2 over slices, slices; 0 = none, as in the paper, where
+            slices far apart are as alike as neighbours.
         schedule: Noise schedule, see `build_scheduler`.
         prediction_type: `v_prediction` (tiny) or `epsilon` (Stable Diffusion 1.5).
         image_range: Light that maps to -1 and 1 before the VAE; values beyond are kept, not clipped.
@@ -70,6 +73,7 @@ class TextureConfig:
     noise_scale: float = 1.0
     controlnet_conditioning_scale: float = 1.0
     rho: float = 0.7
+    slice_sigma: float = 0.0
     schedule: str = "scaled_linear"
     prediction_type: str = "v_prediction"
     image_range: tuple[float, float] = (-0.25, 2.25)
@@ -298,9 +302,14 @@ class TextureDiffusion(Stage):
         """Latent noise by eq. 2: `latent` float32 [B, S, C, h, w].
 
         c_s = rho / sqrt(1 + rho^2) * c_cmn + 1 / sqrt(1 + rho^2) * c_unq: unit variance, correlation rho^2 / (1 + rho^2)
-        between any two slices of a cell.
+        between any two slices of a cell. With `slice_sigma`, c_unq is blurred over the slices, which keeps its variance:
+        slices d apart then correlate by (rho^2 + r(d)) / (1 + rho^2), r being `slice_correlation`.
         """
-        unique = normal([k.child("unique") for k in keys], (num_slices, *self.latent_shape))
+        taps = slice_taps(self.config.slice_sigma) if num_slices > 1 else [1.0]
+        drawn = normal([k.child("unique") for k in keys], (num_slices + len(taps) - 1, *self.latent_shape))
+        unique = drawn[:, :num_slices] * taps[0]
+        for i, tap in enumerate(taps[1:], start=1):
+            unique += tap * drawn[:, i : i + num_slices]
         if num_slices == 1:
             return {"latent": unique}  # with one slice eq. 2 is plain unit noise
         common = normal([k.child("common") for k in keys], (1, *self.latent_shape))
@@ -358,6 +367,22 @@ class TextureDiffusion(Stage):
         axis = torch.arange(size, device=sdf.device) - (size - 1) / 2
         from_edge = size / 2 - torch.hypot(axis[:, None], axis[None, :])
         return fade(sdf) * (from_edge / 3).clamp(0, 1)
+
+
+def slice_taps(sigma: float) -> list[float]:
+    """Gaussian filter over slices that keeps the variance of white noise: its squares add up to 1."""
+    if sigma <= 0:
+        return [1.0]
+    radius = math.ceil(3 * sigma)
+    taps = [math.exp(-0.5 * (i / sigma) ** 2) for i in range(-radius, radius + 1)]
+    energy = math.sqrt(sum(w * w for w in taps))
+    return [w / energy for w in taps]
+
+
+def slice_correlation(sigma: float, apart: int) -> float:
+    """Correlation of white noise so filtered between slices `apart`; about exp(-(apart / (2 sigma))^2)."""
+    taps = slice_taps(sigma)
+    return sum(a * b for a, b in zip(taps, taps[apart:]))
 
 
 LEAST_LIGHT = 0.02

@@ -18,7 +18,7 @@ from scipy import ndimage
 from synthaug.errors import InputError
 from synthaug.generators.background import cell_contrasts
 from synthaug.generators.masks import signed_distance
-from synthaug.generators.texture import TextureDiffusion
+from synthaug.generators.texture import TextureDiffusion, slice_correlation
 from synthaug.randomness import SampleKey
 from synthaug.types import UNLABELLED, Slices
 
@@ -34,8 +34,11 @@ TREND = 4.0
 MIN_PIXELS = 40
 """Pixels left inside below which a cell tells nothing."""
 
-SHARES = (0.0, 0.25, 0.5, 0.75, 0.95)
-"""Shares of common noise at which synthetic textures are measured: rho^2 / (1 + rho^2)."""
+SHARES = (0.0, 0.25, 0.5, 0.75, 0.95, 0.99)
+"""Correlations of the latent noise of two planes at which synthetic textures are measured: rho^2 / (1 + rho^2)."""
+
+SIGMAS = np.linspace(0, 4, 41)
+"""Blurs of the unique noise over slices that are tried."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,12 @@ class RhoFit:
 
     Attributes:
         rho: Strength of the common noise, eq. 2, for `TextureConfig.rho`.
-        real, synthetic, independent: Real planes; synthetic ones at that rho; synthetic ones with independent noise.
+        slice_sigma: Blur of the unique noise over slices, for `TextureConfig.slice_sigma`.
+        real, synthetic, independent: Real planes; synthetic ones so made; synthetic ones with independent noise.
     """
 
     rho: float
+    slice_sigma: float
     real: PlaneStatistics
     synthetic: PlaneStatistics
     independent: PlaneStatistics
@@ -186,19 +191,19 @@ def plane_statistics(patches: Sequence[Patch]) -> PlaneStatistics:
 
 @torch.no_grad()
 def synthetic_planes(
-    texture: TextureDiffusion, masks: Sequence[NDArray[np.bool_]], *, rho: float, seed: int
+    texture: TextureDiffusion, masks: Sequence[NDArray[np.bool_]], *, rho: float, slice_sigma: float = 0.0, seed: int
 ) -> list[Patch]:
     """Three planes of cylinders over given outlines, textured at `rho`.
 
     Args:
-        texture: Trained stage; its own rho and axial profile are not used.
+        texture: Trained stage; its own rho, slice_sigma and axial profile are not used.
         masks: bool [S, S] each, in the middle of the crop.
-        rho: See eq. 2.
+        rho, slice_sigma: See `TextureConfig`.
         seed: Of the noise, the same for every rho.
     """
     plain = texture.config
     try:
-        texture.config = replace(plain, rho=rho, axial_extent=1.0, axial_sigma=0.0)
+        texture.config = replace(plain, rho=rho, slice_sigma=slice_sigma, axial_extent=1.0, axial_sigma=0.0)
         sdf = torch.from_numpy(np.stack([signed_distance(m) for m in masks])).to(texture.device)
         ones = torch.ones(len(masks), device=texture.device)
         slices = Slices(sdf=sdf[:, None].expand(-1, 3, -1, -1).contiguous(), brightness=ones, scale=ones)
@@ -210,7 +215,10 @@ def synthetic_planes(
 
 
 def fit_rho(texture: TextureDiffusion, patches: Sequence[Patch], *, num_cells: int = 16, seed: int = 0) -> RhoFit:
-    """The rho at which synthetic planes are as alike as real ones.
+    """The rho, and the blur of the unique noise over slices, at which synthetic planes are as alike as real ones.
+
+    Real planes are the less alike the farther they are apart, more quickly than any rho can have it. How the correlation
+    of images follows that of their noise is measured once; it does not matter where the noise has its correlation from.
 
     Args:
         texture: Trained stage.
@@ -231,18 +239,21 @@ def fit_rho(texture: TextureDiffusion, patches: Sequence[Patch], *, num_cells: i
     for share in SHARES:
         rho = math.sqrt(share / (1 - share))
         found.append(plane_statistics(synthetic_planes(texture, masks, rho=rho, seed=seed)))
-    fine = np.linspace(SHARES[0], SHARES[-1], 96)
-    error = np.zeros(len(fine))
-    for apart in (0, 1):
-        course = np.interp(fine, SHARES, [s.correlation[apart] for s in found])
-        error += (course - min(real.correlation[apart], 1.0)) ** 2
-    best = float(fine[int(error.argmin())])
-    rho = math.sqrt(best / (1 - best))
-    synthetic = plane_statistics(synthetic_planes(texture, masks, rho=rho, seed=seed))
-    independent = plane_statistics(synthetic_planes(texture, masks, rho=0.0, seed=seed))
+    rest: list[tuple[float, float, float]] = []
+    for sigma in SIGMAS:
+        for common in np.linspace(SHARES[0], SHARES[-1], 100):
+            error = 0.0
+            for apart in (1, 2):
+                share = common + (1 - common) * slice_correlation(sigma, apart)
+                made = np.interp(share, SHARES, [s.correlation[apart - 1] for s in found])
+                error += float(made - min(real.correlation[apart - 1], 1.0)) ** 2
+            rest.append((error, float(sigma), float(common)))
+    _, sigma, common = min(rest)  # of equals that with the least blur
+    rho = math.sqrt(common / (1 - common))
     return RhoFit(
         rho=rho,
+        slice_sigma=sigma,
         real=real,
-        synthetic=synthetic,
-        independent=independent,
+        synthetic=plane_statistics(synthetic_planes(texture, masks, rho=rho, slice_sigma=sigma, seed=seed)),
+        independent=plane_statistics(synthetic_planes(texture, masks, rho=0.0, seed=seed)),
     )

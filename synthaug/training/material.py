@@ -169,14 +169,16 @@ class Volumes(Frames):
             for section in measure_sections(image.astype(np.float64), labels, background.config.saturation)[0]
         ]
         sigma, extent = axial_sigma(sections), axial_extent(sections)
-        texture.config = replace(texture.config, rho=found.rho, axial_sigma=sigma, axial_extent=extent)
+        texture.config = replace(
+            texture.config, rho=found.rho, slice_sigma=found.slice_sigma, axial_sigma=sigma, axial_extent=extent
+        )
         # Planes come blurred from the texture stage; the camera must not do it again.
         background.table[:, background.names.index("axial_sigma")] = 0
-        correlation = [s.correlation[0] for s in (found.real, found.synthetic, found.independent)]
+        alike = ["{:.2f} / {:.2f}".format(*s.correlation) for s in (found.real, found.synthetic, found.independent)]
         return [
             (
-                f"rho {found.rho:.2f}: correlation of neighbouring planes {correlation[0]:.2f} real, {correlation[1]:.2f} "
-                f"synthetic, {correlation[2]:.2f} with independent noise"
+                f"rho {found.rho:.2f}, unique noise blurred over {found.slice_sigma:.1f} planes: correlation of planes one / "
+                f"two apart {alike[0]} real, {alike[1]} synthetic, {alike[2]} with independent noise"
             ),
             f"axial blur of {sigma:.2f} planes; light {extent:.2f} times as long as masks",
         ]
