@@ -1,4 +1,5 @@
-# A fresh machine needs Python 3.11 or newer with pip; everything else is set up here, inside .venv.
+# A fresh machine needs Python 3.11 or newer with pip; everything else is set up here, inside .venv, .venv-cellpose3 and
+# .venv-cellpose4, as no environment can hold both Cellpose 3 and 4.
 # Torch is named in the same pip command as the library, so that pip settles on this build and does not replace it.
 # Another build:           make env TORCH=torch==2.11.0
 # CPU-only build on Linux: make env PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
@@ -9,17 +10,29 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.installed
 
+# The adapter relies on how train_seg uses its lists, so it is tested with these very versions.
+CELLPOSE3 := 3.1.1.3
+CELLPOSE4 := 4.2.1.1
+EXTRA3 := cellpose3
+EXTRA4 := cellpose
+CELLPOSE_STAMPS := .venv-cellpose3/.installed .venv-cellpose4/.installed
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env test lint format demo
+.PHONY: help env test cellpose lint format demo
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' Makefile | expand -t 10
 
 env: $(STAMP)  ## create .venv with the library (editable) and the tools that check it
 
-test: lint  ## ruff, mypy and pytest, up to the first that fails
+test: lint  ## ruff, mypy, pytest, and the tests with Cellpose, up to the first that fails
 	$(BIN)/pytest
+	@$(MAKE) --no-print-directory cellpose
+
+cellpose: $(CELLPOSE_STAMPS)  ## the tests with Cellpose alone, in environments with Cellpose 3 and with 4
+	$(call test_cellpose,3)
+	$(call test_cellpose,4)
 
 lint: env  ## ruff and mypy alone
 	$(BIN)/ruff check
@@ -33,16 +46,31 @@ format: env  ## apply ruff's fixes and formatting
 demo: env  ## train a small MONAI UNet with and without synthetic cells, and compare
 	$(BIN)/synthaug demo
 
-# Installs again only when pyproject.toml has changed, or when a torch is named on the command line.
+# One thread, as the networks of these tests are too small to share. With CELLPOSE set, a missing Cellpose is no reason to skip.
+define test_cellpose
+CELLPOSE=$(CELLPOSE$(1)) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1 \
+	  .venv-cellpose$(1)/bin/python -m pytest -k cellpose tests/test_cellpose*.py tests/test_readme.py
+endef
+
+# Installs again only when pyproject.toml has changed, or when a torch is named on the command line; into the Cellpose
+# environments also when this file has, as it names their versions.
 ifeq ($(origin TORCH),command line)
-.PHONY: $(STAMP)
+.PHONY: $(STAMP) $(CELLPOSE_STAMPS)
 endif
 
 $(STAMP): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	$(call install,-e ".[dev]")
+
+$(CELLPOSE_STAMPS): .venv-cellpose%/.installed: pyproject.toml Makefile
+	$(call install,-e ".[$(EXTRA$*)]" "cellpose==$(CELLPOSE$*)" pytest)
+
+# The environment is the folder of the target.
+define install
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "synthaug needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo not there)." \
 	    "Name another one: make env PYTHON=python3.12" >&2; exit 1; }
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "creating .venv"; $(PYTHON) -m venv .venv; }
-	@echo "installing $(TORCH) and synthaug into .venv (a few minutes the first time)"
-	@$(BIN)/python -m pip install -q "$(TORCH)" -e ".[dev]"
-	@touch $(STAMP)
+	@$(@D)/bin/python -m pip --version >/dev/null 2>&1 || { echo "creating $(@D)"; $(PYTHON) -m venv $(@D); }
+	@echo "installing $(TORCH) and synthaug into $(@D) (a few minutes the first time)"
+	@$(@D)/bin/python -m pip install -q "$(TORCH)" $(1)
+	@touch $@
+endef

@@ -235,15 +235,28 @@ def test_an_empty_mask_comes_up_in_train_seg(drawn: list[Any], tmp_path: Path) -
     def empty_the_41st(sample: dict[str, Any]) -> dict[str, Any]:
         return sample if next(calls) != 40 else {**sample, "label": torch.zeros_like(sample["label"])}
 
-    images, labels = cellpose_data(stream_of(transform=empty_the_41st), num_slots=8)
+    images, labels = cellpose_data(stream_of(transform=empty_the_41st), num_slots=8, min_masks=1)
     with pytest.raises(InputError, match="synthetic sample 0 of batch 10: expected at least min_masks=1 cells, got 0"):
         train(tiny_net(), images, labels, tmp_path, n_epochs=100)
     assert len(drawn) == 40
 
 
-def test_empty_masks_are_trained_on_if_they_are_wanted(tmp_path: Path) -> None:
-    images, labels = cellpose_data(stream_of(num_cells=0), num_slots=4, min_masks=0)
-    losses = train(tiny_net(), images, labels, tmp_path, min_train_masks=0)
+def test_masks_that_are_all_empty_come_up_in_train_seg(drawn: list[Any], tmp_path: Path) -> None:
+    calls = iter(range(1000))
+
+    def empty_from_the_41st(sample: dict[str, Any]) -> dict[str, Any]:
+        return sample if next(calls) < 40 else {**sample, "label": torch.zeros_like(sample["label"])}
+
+    images, labels = cellpose_data(stream_of(transform=empty_from_the_41st), num_slots=8)
+    with pytest.raises(InputError, match=r"synthetic samples up to batch 18: .* got 33 in a row without any"):
+        train(tiny_net(), images, labels, tmp_path, n_epochs=100)
+    assert len(drawn) == 72
+
+
+def test_empty_masks_among_others_are_trained_on(drawn: list[Any], tmp_path: Path) -> None:
+    images, labels = cellpose_data(stream_of(num_cells=(0, 1)), num_slots=8)
+    losses = train(tiny_net(), images, labels, tmp_path)
+    assert {bool(target.any()) for _, target in drawn} == {True, False}
     assert np.isfinite(losses).all()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from typing import Any
 
@@ -24,7 +25,7 @@ def plain(image: np.ndarray, label: np.ndarray) -> Pair:
     return Pair(image.astype(np.float32), np.stack([label] * 3).astype(np.float32))
 
 
-def source_of(stream: Any, min_masks: int = 1, **settings: Any) -> StreamSource:
+def source_of(stream: Any, min_masks: int = 0, **settings: Any) -> StreamSource:
     return StreamSource(stream, settings.pop("make_pair", plain), 2, min_masks, CPU)
 
 
@@ -92,33 +93,52 @@ def test_a_fault_of_the_producer_comes_up_where_the_next_pair_is_taken() -> None
     assert isinstance(caught.value.__cause__, ArithmeticError)
 
 
-def test_an_empty_frame_is_an_error_that_says_what_to_change() -> None:
-    with pytest.raises(InputError, match=r"synthetic sample 0 of batch 0: .*min_masks=1.*Raise num_cells"):
-        source_of(stream_of(num_cells=0))
-    real = [(np.ones((48, 40)), np.zeros((48, 40), int))]
-    with pytest.raises(InputError, match=r"real sample . of batch 0: .*a crop of a real image.*min_masks=0"):
-        source_of(stream_of(num_cells=9, real=real, synthetic_ratio=0.5))
+def emptied(*numbers: int) -> Any:
+    """A transform that takes the cells of samples number n out of their labels."""
+    calls = itertools.count()
+    return lambda s: {**s, "label": torch.zeros_like(s["label"])} if next(calls) in numbers else s
 
 
-def test_min_masks_is_a_bound_and_0_takes_every_frame() -> None:
-    with pytest.raises(InputError, match=r"at least min_masks=5 cells, got [0-4], "):
-        source_of(stream_of(num_cells=4), min_masks=5)
-    source = source_of(stream_of(num_cells=0), min_masks=0)
-    assert source.pair().target.max() == 0
-    assert source.areas.tolist() == [[0]]
-
-
-def test_an_empty_frame_late_in_the_stream_comes_up_late() -> None:
-    calls = iter(range(1000))
-
-    def empty_the_31st(sample: dict[str, Any]) -> dict[str, Any]:
-        return sample if next(calls) != 30 else {**sample, "label": torch.zeros_like(sample["label"])}
-
-    source = source_of(stream_of(transform=empty_the_31st))
+def test_an_empty_frame_late_in_the_stream_comes_up_late_where_none_is_allowed() -> None:
+    source = source_of(stream_of(transform=emptied(30)), min_masks=1)
     for _ in range(30):
         source.pair()
-    with pytest.raises(InputError, match="sample 0 of batch 10: expected at least min_masks=1"):
+    with pytest.raises(
+        InputError, match=r"synthetic sample 0 of batch 10: expected at least min_masks=1 .* got 0\. Raise"
+    ):
         source.pair()
+
+
+def test_min_masks_is_a_bound() -> None:
+    with pytest.raises(
+        InputError, match=r"at least min_masks=5 cells, got [0-4]\. Raise num_cells.*a smaller min_masks"
+    ):
+        source_of(stream_of(num_cells=4), min_masks=5)
+    real = [(np.ones((48, 40)), np.zeros((48, 40), int))]
+    with pytest.raises(InputError, match=r"real sample . of batch 0: expected at least min_masks=1"):
+        source_of(stream_of(num_cells=9, real=real, synthetic_ratio=0.5), min_masks=1)
+
+
+def test_single_empty_frames_are_pairs_like_others() -> None:
+    source = source_of(stream_of(transform=emptied(*range(0, 200, 2))))
+    assert [bool(source.pair().target.any()) for _ in range(40)] == [False, True] * 20
+
+
+def test_frames_are_looked_at_until_there_is_a_cell_to_measure() -> None:
+    source = source_of(stream_of(transform=emptied(*range(20))))
+    assert source.areas.max() >= 1000
+    assert [bool(source.pair().target.any()) for _ in range(22)] == [False] * 20 + [True] * 2
+
+
+@pytest.mark.parametrize("real", [False, True], ids=["synthetic", "real"])
+def test_nothing_but_empty_frames_is_an_error_that_says_what_to_change(real: bool) -> None:
+    settings: dict[str, Any] = {"num_cells": 0}
+    if real:
+        settings = {"real": [(np.ones((48, 40)), np.zeros((48, 40), int))], "synthetic_ratio": 0.5}
+    kind = "real" if real else "synthetic"
+    message = rf"{kind} samples up to batch \d+: expected cells in some of them, got 33 in a row without any\. Raise num_cells"
+    with pytest.raises(InputError, match=message):
+        [source.pair() for source in [source_of(stream_of(**settings))] for _ in range(100)]
 
 
 def test_volumes_are_refused_and_planes_of_them_taken() -> None:
@@ -129,7 +149,7 @@ def test_volumes_are_refused_and_planes_of_them_taken() -> None:
     planes = stream_of(
         FakeCascade3D(), size=(12, 48, 40), transform=lambda s: {k: v[:, 6] for k, v in s.items()}, num_cells=30
     )
-    assert source_of(planes, min_masks=0).shape == (1, 48, 40)
+    assert source_of(planes).shape == (1, 48, 40)
     planes.close()
 
 

@@ -35,7 +35,7 @@ def cellpose_data(
     stream: SynthDataset | SynthLoader,
     num_slots: int | None = None,
     *,
-    min_masks: int = 1,
+    min_masks: int = 0,
     num_channels: int | None = None,
     flow_device: torch.device | str | None = None,
 ) -> tuple[Any, Any]:
@@ -62,7 +62,8 @@ def cellpose_data(
         stream: A stream of frames, or its `loader(num_workers=...)`. Of volumes only if a `transform` makes planes of them.
         num_slots: Length of the two sequences; by default the samples of an epoch of the stream, or 8 batches of an endless
             one. At ratio 0 the number of real samples.
-        min_masks: Fewest cells of a frame; one with fewer is an error, as an empty frame hints at a fault. 0 takes all.
+        min_masks: Fewest cells of a frame; one with fewer is an error. With 0 frames without cells are trained on as well, as
+            sparse data have them; only more than 32 of them in a row are an error.
         num_channels: C; by default 2 with Cellpose 3 and 3 with Cellpose 4.
         flow_device: Where flows are computed; by default where the stream's cascade is.
 

@@ -23,6 +23,9 @@ MIN_FRAMES_LOOKED_AT = 8
 MIN_CELLS_SHOWN = 1000
 """Cells that Cellpose counts in every slot, far above any `min_train_masks`: see `areas_as_label`."""
 
+MOST_EMPTY_FRAMES = 32
+"""Synthetic, or real, frames in a row that may be without cells. Some belong to sparse data; so many hint at a fault."""
+
 _Made = list[tuple[Pair, NDArray[np.int64]]]  # the pairs of a batch, each with the areas of its cells
 
 
@@ -33,7 +36,7 @@ class StreamSource:
         stream: SynthDataset or its loader.
         make_pair: Pair of an image [<= C, Y, X] and a label [Y, X], contiguous from 1.
         num_channels: C.
-        min_masks: Fewest cells of a frame.
+        min_masks: Fewest cells of a frame; 0 lets frames without cells pass, up to `MOST_EMPTY_FRAMES` in a row.
         device: Where `make_pair` computes.
 
     Attributes:
@@ -62,10 +65,11 @@ class StreamSource:
         self._num_batches = 0
         self._next: Future | None = None
         self._closed = False
+        self._empty_in_a_row = {"synthetic": 0, "real": 0}
         self.wait_seconds = 0.0
         made = self._wait()
         self.batch_size = len(made)
-        while len(made) < MIN_FRAMES_LOOKED_AT:
+        while len(made) < MIN_FRAMES_LOOKED_AT or not any(len(cells) for _, cells in made):
             made += self._wait()
         self._ready = deque(pair for pair, _ in made)
         self.shape = self._ready[0].image.shape
@@ -139,14 +143,17 @@ class StreamSource:
         values, numbers, areas = np.unique(label, return_inverse=True, return_counts=True)
         numbers = numbers.reshape(label.shape) + int(values[0] > 0)
         cells = areas[values > 0]
+        remedy = "Raise num_cells=(low, high), density or size of the SynthDataset"
         if len(cells) < self._min_masks:
-            why = "num_cells or density allow it" if kind == "synthetic" else "a crop of a real image has no more"
+            bound = f"at least min_masks={self._min_masks} cells"
+            raise InputError(name, expected=bound, got=len(cells), remedy=f"{remedy}, or pass a smaller min_masks.")
+        row = self._empty_in_a_row[kind] = 0 if len(cells) else self._empty_in_a_row[kind] + 1
+        if row > MOST_EMPTY_FRAMES:
             raise InputError(
-                name,
-                expected=f"at least min_masks={self._min_masks} cells",
-                got=f"{len(cells)}, as {why}",
-                remedy="Raise num_cells=(low, high) or size of the SynthDataset, or pass min_masks=0 to cellpose_data to "
-                "train on such frames as well.",
+                f"{kind} samples up to batch {batch}",
+                expected="cells in some of them",
+                got=f"{row} in a row without any",
+                remedy=f"{remedy}, and look at what its transform returns.",
             )
         return self._make_pair(image, numbers), cells
 

@@ -84,7 +84,7 @@ def train_cellpose(
     pretrained: str | os.PathLike[str] | None = None,
     learning_rate: float = 0.005,
     weight_decay: float = 1e-5,
-    min_masks: int = 1,
+    min_masks: int = 0,
     bsize: int = 224,
     log: Callable[[str], None] | None = None,
 ) -> tuple[nn.Module, TrainingReport]:
