@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -236,3 +238,32 @@ def test_closing_drops_the_queue_but_finishes_the_task_at_hand() -> None:
     assert second.cancelled()
     thread.close()
     SerialThread("never started").close()
+
+
+AT_EXIT = """
+import threading, time
+import torch
+from synthaug.datasets.producer import SerialThread
+
+thread, begun = SerialThread("test"), threading.Event()
+
+def task():
+    @torch.library.custom_op("synthaug_test::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    end, x = time.monotonic() + 1, torch.ones(3)
+    begun.set()
+    while time.monotonic() < end:
+        assert float(twice(x).sum()) == 6
+    print("finished", flush=True)
+
+thread.submit(task)
+begun.wait()
+"""
+
+
+def test_a_program_that_ends_waits_for_the_task_at_hand() -> None:
+    """Also where the task uses an operator that was registered after its thread had started."""
+    ended = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "finished\n"), ended.stderr

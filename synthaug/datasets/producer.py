@@ -8,6 +8,7 @@ loop do not reach in here.
 
 from __future__ import annotations
 
+import atexit
 import os
 import queue
 import threading
@@ -42,8 +43,8 @@ class SerialThread:
         """Queue `function(*args)`; its result or exception arrives in the future. A queued future can be cancelled."""
         if self._finalizer is None:
             self._thread.start()
-            # Also runs at interpreter exit: a thread inside torch while the interpreter goes away can crash it.
             self._finalizer = weakref.finalize(self, _stop, self._tasks, self._thread, os.getpid())
+            _STARTED.add(self)
         future: Future = Future()
         self._tasks.put((future, function, args))
         return future
@@ -52,6 +53,21 @@ class SerialThread:
         """Cancel what is queued and wait for the task at hand."""
         if self._finalizer is not None:
             self._finalizer()
+
+
+_STARTED: weakref.WeakSet[SerialThread] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread inside torch while the interpreter goes away can crash it.
+
+    Finalizers are too late: they run from the last one made to the first, and torch takes operators that were registered
+    after a thread had started (kernels are imported where they are used) away before that thread would be stopped. What
+    is registered with `atexit` after torch's import runs before all finalizers.
+    """
+    for thread in list(_STARTED):
+        thread.close()
 
 
 def _run(tasks: _Tasks, device: torch.device) -> None:
