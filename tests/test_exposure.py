@@ -77,6 +77,15 @@ def test_a_plane_has_the_same_bits_alone_and_at_any_width() -> None:
     assert torch.equal(part, whole[:, 3:20, 5:18])
 
 
+def test_what_is_not_a_number_stays_so_and_harms_no_other_voxel() -> None:
+    expected, white, kernel = inputs((2, 8, 9), 1)
+    whole = made(expected, white, kernel, 0.17, False)
+    expected[1, 3, 4] = float("nan")
+    broken = made(expected, white, kernel, 0.17, False)
+    rest = torch.arange(broken.numel()) != expected.isnan().flatten().nonzero()[0]
+    assert torch.equal(broken.flatten()[rest], whole.flatten()[rest])
+
+
 def test_shapes_must_fit() -> None:
     expected, white, kernel = inputs((2, 4, 4), 1)
     with pytest.raises(AssertionError):

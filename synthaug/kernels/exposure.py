@@ -103,7 +103,9 @@ def _read_out(
                 for x in range(width):
                     down = min(max((row[x] - first) * a_row, zero), last_row)
                     right = min(max((noise[x] - least) * a_column, zero), last_column)
-                    i, j = min(np.int32(down), np.int32(rows - 2)), min(np.int32(right), np.int32(columns - 2))
+                    # NaN becomes the least whole number there is: it must not be an address
+                    i = max(min(np.int32(down), np.int32(rows - 2)), np.int32(0))
+                    j = max(min(np.int32(right), np.int32(columns - 2)), np.int32(0))
                     down, right, at = down - np.float32(i), right - np.float32(j), i * np.int32(columns) + j
                     upper = entries[at] * (unit - right) + entries[at + 1] * right
                     lower = entries[at + columns] * (unit - right) + entries[at + columns + 1] * right
