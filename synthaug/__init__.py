@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from synthaug.cascade import Cascade
     from synthaug.datasets.cellpose import cellpose_data
+    from synthaug.datasets.check import check_stream
     from synthaug.datasets.readers import open_pairs
     from synthaug.datasets.synth import SynthDataset
     from synthaug.datasets.transforms import RandSynthPopulation, RandSynthPopulationd
@@ -25,6 +26,7 @@ _HOMES = {
     "SampleKey": "synthaug.randomness",
     "SynthDataset": "synthaug.datasets.synth",
     "cellpose_data": "synthaug.datasets.cellpose",
+    "check_stream": "synthaug.datasets.check",
     "open_pairs": "synthaug.datasets.readers",
 }
 
@@ -36,6 +38,7 @@ __all__ = [
     "SynthDataset",
     "__version__",
     "cellpose_data",
+    "check_stream",
     "open_pairs",
 ]
 

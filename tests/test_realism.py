@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from synthaug.datasets.pictures import orthogonal_views, stretch_rows
 from synthaug.errors import InputError
 from synthaug.evaluation import shape_stats
 from synthaug.evaluation.copies import near_copies, nearest_distances, polar_descriptors
@@ -21,9 +22,7 @@ from synthaug.evaluation.tiles import (
     check_pairs,
     cut_by_border,
     cut_tiles,
-    orthogonal_views,
     planes,
-    stretch_rows,
 )
 from synthaug.randomness import SampleKey
 from synthaug.types import UNLABELLED

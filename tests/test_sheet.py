@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from synthaug.datasets.pictures import orthogonal_views
 from synthaug.errors import InputError
 from synthaug.evaluation.realism import Pair, realism_report
 from synthaug.evaluation.sheet import (
@@ -30,7 +31,6 @@ from synthaug.evaluation.sheet import (
     write_contact_sheet,
     write_sheet,
 )
-from synthaug.evaluation.tiles import orthogonal_views
 from synthaug.randomness import SampleKey
 from synthaug.types import UNLABELLED
 from tests.test_copies import volumes

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from synthaug.datasets.pictures import GAMMA, Bytes, grey, label_colours, orthogonal_views, outlines, panel
 from synthaug.evaluation.realism import RealismReport, cell_tables
 from synthaug.evaluation.tiles import (
     MIN_TILE,
@@ -24,11 +25,8 @@ from synthaug.evaluation.tiles import (
     check_sets,
     common_shape,
     cut_tiles,
-    orthogonal_views,
 )
 from synthaug.generators.stage import write_atomic
-
-Bytes = NDArray[np.uint8]
 
 HISTOGRAMS = ("area", "eccentricity", "intensity", "density", "nearest_neighbour")
 """The properties the page plots of frames, and of volumes that are not annotated in all planes."""
@@ -36,12 +34,7 @@ HISTOGRAMS = ("area", "eccentricity", "intensity", "density", "nearest_neighbour
 VOLUME_HISTOGRAMS = ("volume", "sphericity", "elongation", "z_extent", "intensity", "density", "nearest_neighbour")
 """Those it plots of volumes."""
 
-GAMMA = 0.6
-"""Grey = (counts between the two ends of the display range) ** GAMMA: haze and dim halos are to be seen."""
-
 _GAP = 8
-_SEAM = 3
-"""Pixels between the planes of a volume."""
 _SEAM_GREY = 72
 """Grey between them on the page, which may be dark or bright."""
 
@@ -51,42 +44,6 @@ def display_range(pairs: Sequence[Pair]) -> tuple[float, float]:
     low, high = np.transpose([np.percentile(image, (0.5, 99.9)) for image, _ in pairs])
     black, white = float(np.median(low)), float(np.percentile(high, 90))
     return black, white if white > black else black + 1.0
-
-
-def grey(image: NDArray[np.float32], limits: tuple[float, float]) -> Bytes:
-    """uint8 [Y, X] for display only."""
-    scaled = np.clip((np.asarray(image, np.float64) - limits[0]) / (limits[1] - limits[0]), 0, 1) ** GAMMA
-    return np.rint(255 * scaled).astype(np.uint8)
-
-
-def label_colours(labels: NDArray[np.int32], alpha: int = 255) -> Bytes:
-    """uint8 RGBA [Y, X, 4]: a colour an instance, far from those of the neighbouring ids; 0 is transparent."""
-    from matplotlib.colors import hsv_to_rgb
-
-    index = np.arange(int(labels.max()) + 1)
-    # Steps by the golden ratio spread any run of ids over the colour circle.
-    hsv = np.stack([index * 0.618034 % 1, 0.55 + 0.35 * (index % 2), 0.8 + 0.2 * (index % 3 > 0)], -1)
-    table = np.concatenate([np.rint(255 * hsv_to_rgb(hsv)), np.full((len(index), 1), alpha)], 1).astype(np.uint8)
-    table[0] = 0
-    return table[labels]
-
-
-def outlines(labels: NDArray[np.int32]) -> Bytes:
-    """uint8 RGBA [Y, X, 4]: the inner border pixels of every instance in its colour."""
-    from skimage.segmentation import find_boundaries
-
-    return np.where(find_boundaries(labels, mode="inner")[..., None], label_colours(labels), np.uint8(0))
-
-
-def panel(views: Mapping[str, Bytes], fill: int) -> Bytes:
-    """One picture of the three planes of `orthogonal_views`: "xy", below it "xz", on its right "yz"."""
-    xy, xz, yz = (views[name] for name in ("xy", "xz", "yz"))
-    height, width = len(xy) + _SEAM + len(xz), xy.shape[1] + _SEAM + yz.shape[1]
-    out = np.full((height, width, *xy.shape[2:]), fill, np.uint8)
-    out[: len(xy), : xy.shape[1]] = xy
-    out[len(xy) + _SEAM :, : xz.shape[1]] = xz
-    out[: len(yz), xy.shape[1] + _SEAM :] = yz
-    return out
 
 
 def _show(pair: Pair, draw: Callable[[Pair], Bytes], voxel_size_um: VoxelSize | None, fill: int = 0) -> Bytes:

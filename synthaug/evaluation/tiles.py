@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from synthaug.datasets.pictures import VoxelSize, aspect, stretch_rows
 from synthaug.errors import InputError
 from synthaug.randomness import SampleKey
 from synthaug.types import UNLABELLED
@@ -15,8 +16,6 @@ from synthaug.types import UNLABELLED
 Pair = tuple[NDArray[np.float32], NDArray[np.int32]]
 """image float32 [(Z,) Y, X] in camera counts, labels int32 of its shape; 0 = background, UNLABELLED = not annotated."""
 Floats = NDArray[np.float64]
-VoxelSize = tuple[float, float, float]
-"""(Z, Y, X) in micrometres."""
 
 TILE, TEXTURE_TILE, MIN_TILE = 256, 128, 64
 """Largest tile in pixels for cell statistics and for texture features; smallest frame side that can be compared."""
@@ -29,8 +28,6 @@ MAX_TILES = 400
 
 MAX_PLANES = 16
 """At most so many planes of a volume, evenly spread: neighbours are nearly alike, and count as one."""
-
-T = TypeVar("T", bound=np.generic)
 
 
 def check_pairs(name: str, pairs: Sequence[Pair]) -> int:
@@ -121,24 +118,6 @@ def cut_by_border(labels: NDArray[np.int32]) -> NDArray[np.int32]:
     return edge[edge > 0]
 
 
-def aspect(voxel_size_um: VoxelSize | None) -> float:
-    """Pixels a plane is thick; 1 where the voxel size is unknown."""
-    return 1.0 if voxel_size_um is None else voxel_size_um[0] / float(np.sqrt(voxel_size_um[1] * voxel_size_um[2]))
-
-
-def stretch_rows(plane: NDArray[T], factor: float) -> NDArray[T]:
-    """A plane [Z, X] with square pixels: [round(Z * factor), X], linear between planes, labels (integers) nearest."""
-    num = max(round(len(plane) * factor), 1)
-    if num == len(plane):
-        return plane
-    at = np.clip((np.arange(num) + 0.5) * len(plane) / num - 0.5, 0, len(plane) - 1)
-    if plane.dtype.kind in "iu":
-        return plane[np.floor(at + 0.5).astype(int)]
-    low = np.floor(at).astype(int)
-    share = (at - low)[:, None].astype(plane.dtype)
-    return (1 - share) * plane[low] + share * plane[np.minimum(low + 1, len(plane) - 1)]
-
-
 def planes(
     pairs: Sequence[Pair], kind: Literal["xy", "xz"], voxel_size_um: VoxelSize | None = None, *, annotated: bool = False
 ) -> list[Pair]:
@@ -161,25 +140,3 @@ def planes(
             frame = np.asarray(image.take(at, axis), np.float32), labels.take(at, axis)
             out.append(frame if kind == "xy" else (stretch_rows(frame[0], factor), stretch_rows(frame[1], factor)))
     return out
-
-
-def orthogonal_views(pair: Pair, voxel_size_um: VoxelSize | None = None) -> dict[str, Pair]:
-    """Three planes at true aspect, each through as much of the cells as one can be.
-
-    Args:
-        pair: A volume. The plane across each axis is the one that most labelled voxels lie in, the middle without any.
-        voxel_size_um: None: voxels count as cubes.
-
-    Returns:
-        "xy" [Y, X], "xz" [Z', X] and "yz" [Y, Z'], Z' = Z planes in pixels; UNLABELLED pixels are 0.
-    """
-    image, labels = pair[0], np.maximum(pair[1], 0)
-    inside = labels > 0
-    counts = [inside.sum(tuple(a for a in range(3) if a != axis)) for axis in range(3)]
-    z, y, x = (int(n.argmax()) if n.any() else len(n) // 2 for n in counts)
-    factor = aspect(voxel_size_um)
-    return {
-        "xy": (image[z], labels[z]),
-        "xz": (stretch_rows(image[:, y], factor), stretch_rows(labels[:, y], factor)),
-        "yz": (stretch_rows(image[:, :, x], factor).T, stretch_rows(labels[:, :, x], factor).T),
-    }

@@ -1,0 +1,299 @@
+"""`check_stream`: a look at what the network will see, before hours are spent on training with it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from synthaug.datasets.loader import SynthLoader
+from synthaug.datasets.pictures import Bytes, VoxelSize, grey, label_colours, orthogonal_views, outlines, panel
+from synthaug.datasets.synth import SynthDataset
+from synthaug.errors import InputError
+from synthaug.generators.stage import write_atomic
+from synthaug.types import UNLABELLED
+
+LEAST_OVERLAP = 0.3
+"""Ranges of grey values of real and synthetic samples that overlap by a smaller share of both together are warned of."""
+
+COLOURS = {"real": "#1f6fb8", "synthetic": "#c4570a"}
+
+
+@dataclass(frozen=True)
+class SeenSample:
+    """One sample as the network gets it, after the stream's transform.
+
+    Attributes:
+        image: float32 [C, (Z,) Y, X].
+        label: As it came, usually int32 [1, (Z,) Y, X].
+        synthetic: Whether the stream made it.
+    """
+
+    image: NDArray[np.float32]
+    label: NDArray[Any]
+    synthetic: bool
+
+    @property
+    def kind(self) -> str:
+        """What it is called in the picture and the warnings."""
+        return "synthetic" if self.synthetic else "real"
+
+    @property
+    def ids(self) -> NDArray[Any]:
+        """The labels of its cells, sorted."""
+        values = np.unique(self.label)
+        return values[values > 0]
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """1st and 99.8th percentile of the finite grey values."""
+        finite = self.image[np.isfinite(self.image)]
+        low, high = np.percentile(finite, (1.0, 99.8)) if finite.size else (math.nan, math.nan)
+        return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class StreamCheck:
+    """What `check_stream` found; `print` it.
+
+    Attributes:
+        num_synthetic: Synthetic samples looked at.
+        num_real: Real ones.
+        image: Shape and dtype of an image, e.g. "float32 (1, 256, 256)".
+        label: The same of its label.
+        cells: Mean cells a sample by kind ("real", "synthetic").
+        ranges: Median 1st and 99.8th percentile of the grey values by kind.
+        warnings: What would go wrong in training, one sentence each with its remedy; empty if nothing was found.
+        out_png: The contact sheet, or None.
+    """
+
+    num_synthetic: int
+    num_real: int
+    image: str
+    label: str
+    cells: dict[str, float]
+    ranges: dict[str, tuple[float, float]]
+    warnings: tuple[str, ...]
+    out_png: Path | None
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.num_synthetic} synthetic and {self.num_real} real samples, image {self.image}, label {self.label}"
+        ]
+        for kind, (low, high) in self.ranges.items():
+            lines.append(f"{kind}: {self.cells[kind]:.1f} cells a sample, grey values {low:.4g} to {high:.4g}")
+        lines += [f"warning: {text}" for text in self.warnings] or ["nothing wrong was found"]
+        if self.out_png is not None:
+            lines.append(f"picture: {self.out_png}")
+        return "\n".join(lines)
+
+
+def check_stream(
+    stream: SynthDataset | SynthLoader, n: int = 8, out_png: str | Path | None = "stream.png", viewer: bool = False
+) -> StreamCheck:
+    """Look at the next `n` samples of a stream, as the network will see them; the stream stays where it is.
+
+    Args:
+        stream: A `SynthDataset` or its loader. A copy of it is read in this process.
+        n: Samples to look at; they begin with the stream's next batch.
+        out_png: Contact sheet to write: every image with the outlines of its labels beside the labels in colours, real and
+            synthetic marked, all at the same contrast; of volumes the planes xy, xz and yz. Its folder is created. None:
+            no picture.
+        viewer: Also open them in napari.
+
+    Returns:
+        What was seen, and warnings of what would go wrong in training: samples without cells, constant or non-finite
+        images, labels that are no integers, not contiguous or do not fit the image, and grey values of real and synthetic
+        samples that are far apart.
+
+    Raises:
+        InputError: `stream` or `n` is not what it has to be, or napari is not installed.
+        ProducerError: The stream cannot make its samples.
+    """
+    dataset = stream.dataset if isinstance(stream, SynthLoader) else stream
+    if not isinstance(dataset, SynthDataset):
+        raise InputError("stream", expected="a SynthDataset or its loader", got=type(stream).__name__)
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise InputError("n", expected="a whole number >= 1", got=repr(n))
+    napari = _napari() if viewer else None
+    samples = next_samples(dataset, n)
+    path = None if out_png is None else Path(out_png)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, contact_sheet(samples, dataset.voxel_size_um))
+    if napari is not None:
+        _open(napari, samples, dataset.voxel_size_um)
+    groups = _groups(samples)
+    return StreamCheck(
+        num_synthetic=len(groups.get("synthetic", [])),
+        num_real=len(groups.get("real", [])),
+        image=f"{samples[0].image.dtype} {samples[0].image.shape}",
+        label=f"{samples[0].label.dtype} {samples[0].label.shape}",
+        cells={kind: float(np.mean([len(s.ids) for s in group])) for kind, group in groups.items()},
+        ranges={kind: _range(group) for kind, group in groups.items()},
+        warnings=tuple(find_faults(samples)),
+        out_png=path,
+    )
+
+
+def next_samples(dataset: SynthDataset, n: int) -> list[SeenSample]:
+    """The samples of the next batches, `n` in all, from a copy of the stream with threads and counts of its own."""
+    cascade = copy.copy(dataset.cascade)  # its weights are not copied
+    cascade.rejects = Counter(cascade.rejects)
+    shared = {id(dataset.cascade): cascade, id(dataset.real): dataset.real}
+    try:
+        twin = copy.deepcopy(dataset, dict(shared))
+    except TypeError:  # a transform that holds what cannot be copied, an open file say
+        twin = copy.deepcopy(dataset, {**shared, id(dataset.transform): dataset.transform})
+    samples: list[SeenSample] = []
+    try:
+        while len(samples) < n:  # again where an epoch ends
+            for batch in twin:
+                for image, label, synthetic in zip(batch["image"], batch["label"], batch["synthetic"]):
+                    # A plain tensor first: numpy knows neither bfloat16 nor a MetaTensor's luggage.
+                    picture = image.detach().as_subclass(torch.Tensor).float().cpu().numpy()
+                    ids = label.detach().as_subclass(torch.Tensor).cpu()
+                    ids = ids.float() if ids.is_floating_point() else ids
+                    samples.append(SeenSample(picture, ids.numpy(), bool(synthetic)))
+                if len(samples) >= n:
+                    break
+    finally:
+        twin.close()
+    return samples[:n]
+
+
+def find_faults(samples: Sequence[SeenSample]) -> list[str]:
+    """What would go wrong in a training on these samples, a sentence each."""
+    faults = []
+
+    def tell(wrong: Sequence[bool], what: str, remedy: str) -> None:
+        if any(wrong):
+            kinds = Counter(sample.kind for sample, is_wrong in zip(samples, wrong) if is_wrong)
+            named = " and ".join(f"{num} {kind}" for kind, num in sorted(kinds.items()))
+            faults.append(f"{named} of {len(samples)} samples {what}. {remedy}")
+
+    finite = [bool(np.isfinite(s.image).all()) for s in samples]
+    tell([not ok for ok in finite], "have images with NaN or infinity", "The loss becomes NaN: look at the transform.")
+    constant = [ok and s.image.min() == s.image.max() for ok, s in zip(finite, samples)]
+    tell(constant, "have a constant image", "The transform may clip or scale all contrast away.")
+    integer = [s.label.dtype.kind in "iu" for s in samples]
+    tell(
+        [not ok for ok in integer],
+        "have labels that are no integers",
+        "Interpolate labels by mode='nearest', as integers.",
+    )
+    fits = [s.image.shape[1:] == s.label.shape[1:] for s in samples]
+    tell([not ok for ok in fits], "have labels of another shape than the image", "Give transforms both keys.")
+    negative = [bool((s.label < (UNLABELLED if s.label.ndim == 4 else 0)).any()) for s in samples]
+    tell(negative, "have negative labels", "0 is background; -1 marks planes of volumes nobody annotated.")
+    gaps = [ok and len(s.ids) > 0 and int(s.ids[-1]) != len(s.ids) for ok, s in zip(integer, samples)]
+    tell(
+        gaps, "have labels that are not contiguous from 1", "A crop in the transform cuts cells away: number them anew."
+    )
+    empty = [len(s.ids) == 0 for s in samples]
+    remedy = (
+        "Choose a larger size, or num_cells." if not all(empty) else "There is nothing to learn: look at the picture."
+    )
+    tell(empty, "have no cells", remedy)
+    groups = _groups(samples)
+    if len(groups) == 2:
+        ranges = {kind: _range(group) for kind, group in groups.items()}
+        (a, b), (c, d) = ranges.values()
+        together = max(b, d) - min(a, c)
+        if not together * LEAST_OVERLAP <= min(b, d) - max(a, c):
+            said = ", ".join(f"{kind} {low:.4g} to {high:.4g}" for kind, (low, high) in sorted(ranges.items()))
+            faults.append(
+                f"Grey values of real and synthetic samples are far apart ({said}): the network can tell them by that alone. "
+                "Fit the cascade to your images, or scale each sample's intensities in the transform."
+            )
+    return faults
+
+
+def contact_sheet(samples: Sequence[SeenSample], voxel_size_um: VoxelSize | None = None) -> bytes:
+    """A PNG of all samples: image with outlines beside labels in colours; see `check_stream`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    ranges = np.array([s.range for s in samples])
+    ranges = ranges[np.isfinite(ranges).all(1)]
+    low, high = (float(ranges[:, 0].min()), float(ranges[:, 1].max())) if len(ranges) else (0.0, 1.0)
+    limits = (low, high if high > low else low + 1.0)
+    pictures = [_picture(sample, limits, voxel_size_um) for sample in samples]
+    height, width = pictures[0].shape[:2]
+    zoom = max(round(240 / height), 1)  # small samples are enlarged, to be seen
+    columns = max(min(len(samples), 1600 // (zoom * width + 12)), 1)
+    rows = -(-len(samples) // columns)
+    size = (columns * (zoom * width + 12) + 12, rows * (zoom * height + 34) + 12)
+    figure = Figure(figsize=(size[0] / 100, size[1] / 100), dpi=100, facecolor="white")
+    FigureCanvasAgg(figure)
+    for i, (sample, picture) in enumerate(zip(samples, pictures)):
+        left, top = 12 + i % columns * (zoom * width + 12), 34 + i // columns * (zoom * height + 34)
+        shape = picture.shape[1] * zoom, picture.shape[0] * zoom
+        axes = figure.add_axes((left / size[0], 1 - (top + shape[1]) / size[1], shape[0] / size[0], shape[1] / size[1]))
+        axes.imshow(picture, interpolation="nearest", aspect="auto")
+        axes.set_axis_off()
+        axes.set_title(
+            f"{sample.kind}, {len(sample.ids)} cells", color=COLOURS[sample.kind], fontsize=10, loc="left", pad=4
+        )
+    with io.BytesIO() as file:
+        figure.savefig(file, format="png", dpi=100)
+        return file.getvalue()
+
+
+def _picture(sample: SeenSample, limits: tuple[float, float], voxel_size_um: VoxelSize | None) -> Bytes:
+    """uint8 RGB [H, 2 W + gap, 3]: image with outlines, labels in colours."""
+    image = np.nan_to_num(sample.image.mean(0), nan=limits[0], posinf=limits[1], neginf=limits[0])
+    # In the order of their values: what is no integer, or not contiguous, is to be seen as well.
+    label = np.maximum(sample.label[0] if sample.label.ndim == sample.image.ndim else sample.label, 0)
+    ids = np.unique(label, return_inverse=True)[1].reshape(label.shape).astype(np.int32)
+    if ids.min() == 0 and label.min() > 0:
+        ids += 1  # no background
+    if ids.shape != image.shape:
+        ids = np.zeros(image.shape, np.int32)
+    views = orthogonal_views((image, ids), voxel_size_um) if image.ndim == 3 else {"": (image, ids)}
+    outlined, coloured = {}, {}
+    for name, (plane, numbers) in views.items():
+        rgb, edges, cells = np.repeat(grey(plane, limits)[..., None], 3, 2), outlines(numbers), label_colours(numbers)
+        outlined[name] = np.where(edges[..., 3:] > 0, edges[..., :3], rgb)
+        coloured[name] = cells[..., :3]  # black where transparent
+    left, right = (panel(group, 255) if "xy" in group else group[""] for group in (outlined, coloured))
+    return np.concatenate([left, np.full((len(left), 2, 3), 255, np.uint8), right], 1)
+
+
+def _groups(samples: Sequence[SeenSample]) -> dict[str, list[SeenSample]]:
+    return {kind: [s for s in samples if s.kind == kind] for kind in sorted({s.kind for s in samples})}
+
+
+def _range(group: Sequence[SeenSample]) -> tuple[float, float]:
+    low, high = np.median([s.range for s in group], axis=0)
+    return float(low), float(high)
+
+
+def _napari() -> Any:
+    try:
+        import napari  # type: ignore[import-not-found,unused-ignore]
+    except ImportError as error:
+        remedy = "pip install 'napari[all]', or look at the picture with viewer=False."
+        raise InputError("viewer", expected="napari", got="no such package", remedy=remedy) from error
+    return napari
+
+
+def _open(napari: Any, samples: Sequence[SeenSample], voxel_size_um: VoxelSize | None) -> None:
+    """One layer of images and one of labels; the first slider goes through the samples."""
+    ndim = samples[0].image.ndim - 1
+    scale = (1.0, *(voxel_size_um[-ndim:] if voxel_size_um else (1.0,) * ndim))
+    viewer = napari.Viewer(title="synthaug: " + ", ".join(sample.kind for sample in samples))
+    viewer.add_image(np.stack([sample.image.mean(0) for sample in samples]), name="image", scale=scale)
+    labels = [
+        np.maximum(sample.label.reshape(-1, *sample.label.shape[-ndim:])[0], 0).astype(np.int32) for sample in samples
+    ]
+    viewer.add_labels(np.stack(labels), name="label", scale=scale)
