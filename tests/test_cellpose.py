@@ -284,7 +284,7 @@ def test_images_have_as_many_channels_as_asked_for() -> None:
     assert images[0].shape == (5, *SIZE)
 
 
-def test_cellpose_can_be_imported_after_the_adapter_alone() -> None:
-    """On a machine without CUDA the registry's torchvision, and so Cellpose 4, cannot without the declared operators."""
-    code = "from synthaug.datasets.cellpose import import_cellpose; import_cellpose(); import cellpose.train"
+def test_cellpose_and_the_networks_of_a_cascade_can_be_imported_after_the_adapter() -> None:
+    """On a machine without CUDA the registry's torchvision, which both import, cannot without the declared operators."""
+    code = "from synthaug import cellpose_data; import cellpose.train; from diffusers import UNet2DModel"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -155,15 +155,12 @@ def normalise(image: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def import_cellpose() -> int:
-    """Make sure that Cellpose can be imported, also where torchvision cannot, and say which major version it is.
+    """Make sure that Cellpose can be imported, and say which major version it is.
 
     Raises:
         InputError: It is missing, or a version whose `train_seg` this module has not been written for.
     """
-    try:
-        version = importlib.metadata.version("cellpose")
-    except importlib.metadata.PackageNotFoundError:
-        version = "none"
+    version = _version()
     known = [int(part) if part.isdigit() else 0 for part in version.split(".")[:2]]
     if not [3, 1] <= known < [5, 0]:
         raise InputError(
@@ -173,9 +170,14 @@ def import_cellpose() -> int:
             remedy='pip install "synthaug[cellpose]" brings Cellpose-SAM, "synthaug[cellpose3]" CPnet; an environment holds '
             "one of the two.",
         )
-    if known[0] == 4:
-        _make_up_for_torchvision()
     return known[0]
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("cellpose")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def _make_up_for_torchvision() -> None:
@@ -183,7 +185,8 @@ def _make_up_for_torchvision() -> None:
 
     The registry's torchvision for Linux is built for CUDA. Beside a torch without CUDA its library is not found to fit, which
     it passes over in silence, and then it fails to register the meta kernel of an operator that does not exist: neither
-    torchvision nor Cellpose 4 can be imported. Nothing of Cellpose calls these operators, so their names suffice.
+    torchvision nor Cellpose 4 can be imported, nor the networks of diffusers, which take torchvision if it is there. Nothing
+    of these calls the operators, so their names suffice.
     """
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None or torch.version.cuda is not None or hasattr(torch.ops.torchvision, "nms"):
@@ -225,3 +228,8 @@ def _pair(num_channels: int, device: torch.device, image: NDArray[Any], label: N
     padded = np.zeros((num_channels, *image.shape[1:]), np.float32)
     padded[: len(image)] = normalise(image)
     return Pair(padded, np.concatenate(((label > 0)[None].astype(np.float32), flows(label, device))))
+
+
+# When this module is imported and not at its first use: by then a cascade or Cellpose would have failed to import.
+if _version().startswith("4."):
+    _make_up_for_torchvision()
