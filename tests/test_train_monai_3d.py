@@ -11,9 +11,10 @@ from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from synthaug.errors import InputError
-from synthaug.evaluation import train_monai_3d
+from synthaug.evaluation import monai_training, train_monai_3d
+from synthaug.evaluation.monai_training import WithTargets
 from synthaug.evaluation.targets import BACKGROUND
-from synthaug.evaluation.train_monai_3d import WithTargets, main, train, training_transform, validate
+from synthaug.evaluation.train_monai_3d import main, train, training_transform, validate
 from synthaug.types import UNLABELLED
 from tests.fakes import FakeCascade3D
 
@@ -108,7 +109,7 @@ def test_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         def read_all(self) -> list:
             return self.pairs
 
-    monkeypatch.setattr(train_monai_3d, "open_pairs", Folder)
+    monkeypatch.setattr(monai_training, "open_pairs", Folder)
     monkeypatch.setattr(train_monai_3d.Cascade, "from_pretrained", lambda name: FakeCascade3D())
     short = ["--steps", "2", "--size", "16", "16", "16", "--num-workers", "0"]
     main(["--real", "many", *short])
