@@ -155,6 +155,11 @@ class Cascade(nn.Module):
         return self.masks.config.crop_size
 
     @property
+    def least_scale(self) -> float:
+        """Image pixels per crop pixel of cells that fit the crop."""
+        return self.masks.config.least_scale
+
+    @property
     def ndim(self) -> int:
         """2 for frames, 3 for volumes."""
         return 2 if self.slicing is None else 3

@@ -1,4 +1,4 @@
-"""The command line: fit, generate, preview, info, evaluate, demo.
+"""The command line: fit, generate, preview, info, evaluate realism, evaluate experiment, demo.
 
 A user's mistake ends with exit code 2 and one line; `--debug` shows the traceback.
 """
@@ -26,6 +26,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+evaluation = typer.Typer(
+    help="How real the synthetic images are, and whether training on them helps.", no_args_is_help=True
+)
+app.add_typer(evaluation, name="evaluate")
 
 FRAMES_AT_ONCE = 4
 """Frames generated together by `generate`; bounds memory."""
@@ -116,6 +121,7 @@ def fit(
     voxel_size: VoxelSize = None,
     slice_step: Annotated[int, typer.Option(min=1, help="Planes of dense 3D labels used: every so many.")] = 3,
     data_card: Annotated[Path | None, typer.Option(help="Text about the data for the model card.")] = None,
+    device: Annotated[str, typer.Option(help="Where networks are trained: cpu or cuda.")] = "cpu",
     num_images: Annotated[int | None, typer.Option(help="Use only the first so many images.")] = None,
 ) -> None:
     """Train every stage on annotated images, in one command."""
@@ -144,6 +150,7 @@ def fit(
         voxel_size_um=size_um,
         slice_step=slice_step,
         data_card=text,
+        device=device,
         log=say,
     )
     write_preview(cascade, pairs, held_out, out / "preview", seed, say)
@@ -216,8 +223,8 @@ def preview(
     typer.echo(str(out / "sheet.html"))
 
 
-@app.command()
-def evaluate(
+@evaluation.command()
+def realism(
     cascade: Annotated[str, typer.Argument(help="Embedded name, folder or hub id.")],
     train: Annotated[Path, typer.Option(help="The real images the cascade was fitted to.")],
     val: Annotated[Path, typer.Option(help="Held-out real images.")],
@@ -244,11 +251,13 @@ def evaluate(
     report = realism_report(real, held_out, synthetic, voxel_size_um=model.voxel_size_um)
     cells = model.cells([SampleKey(seed, ("agreement", i)) for i in range(128 if model.ndim == 2 else 64)])
     if model.ndim == 2:
-        crops = extract_crops(held_out, crop_size=model.crop_size, min_area=model.config.min_area)
+        crops = extract_crops(
+            held_out, crop_size=model.crop_size, min_area=model.config.min_area, least_scale=model.least_scale
+        )
         made = mask_agreement(cells.image[:, 0], cells.sdf[:, 0])
     else:
         # Of real volumes single planes are known; beside them, the middle planes of generated cells.
-        planes = extract_slice_crops(held_out, crop_size=model.crop_size)
+        planes = extract_slice_crops(held_out, crop_size=model.crop_size, least_scale=model.least_scale)
         crops = planes.select(planes.central.nonzero()[:, 0])
         middle = cells.mask.flatten(2).sum(2).argmax(1)
         rows = torch.arange(len(cells))
@@ -262,6 +271,86 @@ def evaluate(
     if out:
         record = {**report.as_dict(), "mask_agreement": agreement, "rejected": rejected}
         write_atomic(out, (json.dumps(record, indent=2) + "\n").encode())
+
+
+@evaluation.command()
+def experiment(
+    real: Annotated[Path, typer.Option(help="Real images with labels; the annotations granted are taken from them.")],
+    test: Annotated[Path, typer.Option(help="Held-out real images with labels.")],
+    out: Annotated[Path, typer.Option(help="Folder of cascades, results and report; asked again, it goes on there.")],
+    arms: Annotated[str, typer.Option(help="What to train on, by commas.")] = "real,real+copy-paste,synthetic,both",
+    num_patches: Annotated[
+        str, typer.Option(help="Annotated patches (3D: planes), by commas; all for everything.")
+    ] = "4",
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions; three at least for a claim.")] = 3,
+    segmenter: Annotated[str, typer.Option(help="monai or cellpose.")] = "monai",
+    start: Annotated[
+        str, typer.Option("--from", help='Cascade to adapt, trained on ANOTHER data set, or "scratch".')
+    ] = "nuclei-2d-u2os",
+    fit_minutes: Annotated[float, typer.Option(help="Of each cascade.")] = 3.0,
+    prior: Annotated[str | None, typer.Option(help="Shapes: ellipsoid, bezier or spherical-harmonics.")] = None,
+    without: Annotated[str, typer.Option(help="Ablations, by commas: multiview, pretraining.")] = "",
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of every training.")] = 600,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Default 8, or 2 in 3D.")] = None,
+    size: Annotated[str | None, typer.Option(help="Of patches, default 192x192; 3D: of samples, 32x96x96.")] = None,
+    crop: Annotated[str | None, typer.Option(help="Trained on, default 128x128, or 80x80 in 3D.")] = None,
+    ratio: Annotated[float, typer.Option(min=0, max=1, help="Share of synthetic samples in a mix.")] = 0.5,
+    max_reuse: Annotated[int, typer.Option(min=1, help="Uses of a synthetic cell.")] = 64,
+    min_area: Annotated[int | None, typer.Option(min=1, help="Smallest instance; default 20 px, or 50 voxels.")] = None,
+    photons: Annotated[float | None, typer.Option(help="See all images through a camera as dim as this.")] = None,
+    voxel_size: VoxelSize = None,
+    pretrained: Annotated[Path | None, typer.Option(help="Segmenter weights that every arm starts from.")] = None,
+    nbase: Annotated[str, typer.Option(help="Widths of Cellpose's network.")] = "2,32,64,128,256",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    jobs: Annotated[int, typer.Option(min=1, help="Trainings side by side.")] = 1,
+) -> None:
+    """Does it help: the same segmenter trained on real, synthetic and mixed images, scored on held-out real ones."""
+    import warnings
+
+    from synthaug.datasets.readers import open_pairs
+    from synthaug.evaluation.experiment import ExperimentConfig, run_experiment
+    from synthaug.evaluation.experiment_report import markdown, write_report
+
+    voxel = parse_voxel_size(voxel_size)
+    ndim = open_pairs(test)[0]["image"].ndim - 1  # without the channel
+    flat = ndim == 2
+    config = ExperimentConfig(
+        arms=tuple(part.strip() for part in arms.split(",")),
+        num_patches=tuple(
+            None if part.strip() == "all" else whole_number("--num-patches", part) for part in num_patches.split(",")
+        ),
+        seeds=seeds,
+        segmenter=segmenter,
+        start=start,
+        fit_minutes=fit_minutes,
+        prior=prior,
+        without=tuple(part.strip() for part in without.split(",") if part),
+        steps=steps,
+        batch_size=batch_size or (8 if flat else 2),
+        size=parse_size(size or ("192x192" if flat else "32x96x96")),
+        crop=parse_size(crop or ("128x128" if flat else "80x80")),  # type: ignore[arg-type]  # checked there
+        ratio=ratio,
+        max_reuse=max_reuse,
+        min_area=min_area or (20 if flat else 50),
+        photons=photons,
+        voxel_size_um=voxel,
+        pretrained=str(pretrained) if pretrained else None,
+        nbase=tuple(whole_number("--nbase", part) for part in nbase.split(",")),
+    )
+    with warnings.catch_warnings():
+        # Of few cells and odd labels the readers have warned already, and every process would do so again.
+        warnings.simplefilter("ignore")
+        results = run_experiment(real, test, out, config, device=device, jobs=jobs, log=say)
+        write_report(out, results, open_pairs(test, min_area=config.min_area).read_all())
+    typer.echo(markdown(results))
+    typer.echo(f"{out / 'report.html'}")
+
+
+def whole_number(option: str, text: str) -> int:
+    """The number in `text`."""
+    if not text.strip().isdigit():
+        raise InputError(option, expected="whole numbers, separated by commas", got=repr(text))
+    return int(text)
 
 
 @app.command()

@@ -89,7 +89,8 @@ class CellMasks(Batch):
     Attributes:
         sdf: float32 [B, H, W], signed distance to the outline in crop pixels, negative inside; truncated at some distance.
         brightness: float32 [B], > 0; mean intensity over background, relative to the median cell of its frame.
-        scale: float32 [B], >= 1; image pixels per crop pixel. 1 unless the cell is too large for the crop.
+        scale: float32 [B], > 0; image pixels per crop pixel. 1 unless the cell is too large for the crop, or the cascade was
+            adapted to cells much smaller than those it was first trained on.
     """
 
     sdf: Tensor
@@ -102,10 +103,10 @@ class CellMasks(Batch):
         _check(name, "brightness", self.brightness, 1, torch.float32)
         _check(name, "scale", self.scale, 1, torch.float32)
         super().__post_init__()
-        if len(self) and (self.brightness.min() <= 0 or self.scale.min() < 1):
+        if len(self) and (self.brightness.min() <= 0 or self.scale.min() <= 0):
             raise InputError(
                 name,
-                expected="brightness > 0 and scale >= 1",
+                expected="brightness > 0 and scale > 0",
                 got=f"brightness from {self.brightness.min():.3g}, scale from {self.scale.min():.3g}",
             )
 
@@ -198,7 +199,7 @@ class Slices(Batch):
         sdf: float32 [B, S, H, W], signed distance to the outline within its own plane, crop pixels, negative inside; in
             a plane the cell does not reach, positive everywhere.
         brightness: float32 [B], > 0.
-        scale: float32 [B], >= 1; image pixels per crop pixel.
+        scale: float32 [B], > 0; image pixels per crop pixel.
     """
 
     sdf: Tensor
@@ -226,7 +227,7 @@ class Cells(Batch):
             border and its halo are part of it; it fades to 0 before the crop's inscribed circle ends.
         sdf: float32 [B, S, H, W], signed distance to the outline in crop pixels, negative inside.
         brightness: float32 [B], > 0; relative to the median cell of a frame.
-        scale: float32 [B], >= 1; image pixels per crop pixel.
+        scale: float32 [B], > 0; image pixels per crop pixel.
     """
 
     image: Tensor

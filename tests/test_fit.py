@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 import synthaug.training.fit as module
 from synthaug.cascade import Cascade
+from synthaug.datasets.crops import extract_crops
 from synthaug.errors import CheckpointError, InputError
 from synthaug.randomness import SampleKey
 from synthaug.training import recipes
 from synthaug.training.fit import fit
+from synthaug.training.material import matching_scale
 from tests.shapes import ellipse_frame
 
 PAIRS = [ellipse_frame(seed) for seed in range(4)]
@@ -129,3 +132,23 @@ def test_intensity_type_is_recognised():
     assert module._intensity([image]) == "uint16"
     assert module._intensity([image / 4]) == "float32"
     assert module._intensity([(image // 8)]) == "uint8"
+
+
+def test_small_cells_are_learned_at_the_size_of_those_known(tmp_path):
+    small = [(image[::3, ::3].copy(), np.ascontiguousarray(labels[::3, ::3])) for image, labels in PAIRS]
+    crops = extract_crops(small, crop_size=64)
+    source = Cascade.from_pretrained("nuclei-2d")
+    scale = matching_scale(crops, source)
+    assert matching_scale(crops, None) == 1
+    assert 0.25 <= scale < 0.5
+    larger = extract_crops(small, crop_size=64, least_scale=scale)
+    inside = [float((c.sdf < 0).flatten(1).sum(1).float().mul(c.scale**2).mean()) for c in (crops, larger)]
+    assert inside[1] == pytest.approx(inside[0], rel=0.1), "the same area in image pixels"
+    assert float((larger.sdf < 0).float().mean()) > 4 * float((crops.sdf < 0).float().mean())
+    assert larger.image[larger.sdf < 0].mean() == pytest.approx(1, abs=0.1)
+    cascade = fit(small, tmp_path / "mine", start="nuclei-2d", budget_minutes=0.1, log=lambda line: None)
+    assert cascade.least_scale == pytest.approx(scale)
+    made = cascade.generate([SampleKey(0, ("frame", i)) for i in range(6)], (96, 96), num_cells=6)
+    areas = torch.cat([torch.bincount(labels.flatten())[1:] for labels in made.labels]).float()
+    real = torch.cat([torch.bincount(torch.from_numpy(labels).flatten())[1:] for _, labels in small]).float()
+    assert 0.6 < float(areas.median() / real[real > 0].median()) < 1.6

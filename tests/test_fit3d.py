@@ -81,9 +81,22 @@ def test_adapting_keeps_the_views_and_streams(tmp_path, monkeypatch):
     assert torch.isfinite(population.image).all()
 
 
-def test_a_cascade_of_other_dimensions_is_refused(tmp_path):
-    with pytest.raises(InputError, match="3D cascade"):
-        fit(PAIRS, tmp_path / "mine", start="nuclei-2d", budget_minutes=0.1, log=lambda line: None)
+def test_a_cascade_of_frames_is_adapted_to_volumes_with_the_views_of_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "fit_multiview", lambda *a: pytest.fail("views were trained again"))
+    cascade = fit(
+        PAIRS, tmp_path / "mine", start="nuclei-2d", budget_minutes=0.1, voxel_size_um=VOXEL, log=lambda line: None
+    )
+    assert cascade.ndim == 3
+    assert cascade.crop_size == Cascade.from_pretrained("nuclei-2d").crop_size
+    lender = Cascade.from_pretrained("nuclei-3d")
+    for one, two in zip(cascade.multiview.parameters(), lender.multiview.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_cascade_of_volumes_is_refused_for_frames(tmp_path):
+    frames = [(image[5], np.where(labels[5] > 0, 1, 0).astype(np.int32)) for image, labels in PAIRS]
+    with pytest.raises(InputError, match="2D cascade"):
+        fit(frames, tmp_path / "mine", start="nuclei-3d", budget_minutes=0.1, log=lambda line: None)
 
 
 def test_brightness_is_set_by_what_labelled_voxels_show():

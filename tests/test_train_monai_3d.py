@@ -64,6 +64,10 @@ def test_the_transform_keeps_image_and_targets_together() -> None:
 class Threshold(nn.Module):
     """Says interior where it is bright."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1))  # tells where it lies
+
     def forward(self, image: Tensor) -> Tensor:
         return torch.cat([0.5 - image, image - 0.5, torch.full_like(image, -9)], 1) * 20
 

@@ -58,7 +58,7 @@ NAN = float("nan")
         (masks, {"sdf": torch.full((3, 4, 4), NAN)}, r"CellMasks\.sdf: expected finite values, got NaN or infinity"),
         (masks, {"brightness": torch.tensor([1.0, 0.0, 1.0])}, "expected brightness > 0"),
         (masks, {"brightness": torch.tensor([1.0, torch.inf, 1.0])}, r"brightness: expected finite values"),
-        (masks, {"scale": torch.tensor([1.0, 0.5, 1.0])}, "scale >= 1, got brightness from 1, scale from 0.5"),
+        (masks, {"scale": torch.tensor([1.0, 0.0, 1.0])}, "scale > 0, got brightness from 1, scale from 0"),
         (masks, {"scale": torch.ones(2)}, "the same number of samples in every tensor, got .*'scale': 2"),
         (cells, {"image": torch.zeros(3, 4, 4)}, r"Cells\.image: expected 4 axes"),
         (cells, {"image": torch.zeros(3, 2, 4, 4)}, r"Cells: expected image and sdf of one shape"),

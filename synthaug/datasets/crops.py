@@ -41,7 +41,7 @@ class CropSet:
         sdf: float32 [N, S, S]; signed distance to the outline in crop pixels, negative inside.
         brightness: float32 [N]; the cell's contrast over the median contrast of its frame.
         radius: float32 [N]; radius of the enclosing circle in image pixels.
-        scale: float32 [N], >= 1; image pixels per crop pixel.
+        scale: float32 [N]; image pixels per crop pixel.
         frame: int64 [N]; index of the frame the cell comes from.
         label: int64 [N]; its id there.
         profile: float32 [2 * HALO + 1]; median light at distances -HALO .. HALO from the outline (the border's blur).
@@ -96,6 +96,7 @@ def extract_crops(
     crop_size: int | None = None,
     min_area: int | None = None,
     references: Sequence[float] | None = None,
+    least_scale: float = 1.0,
 ) -> CropSet:
     """Cut every whole cell out of its frame.
 
@@ -104,6 +105,7 @@ def extract_crops(
         crop_size: Pixels; default: chosen from the sizes of the cells (32 to 128).
         min_area: Smaller instances are specks: dropped and counted. Default: 2 % of the median area, at least 20 px.
         references: Contrast, in counts, of each frame that brightness is relative to. Default: its cells' median.
+        least_scale: Image pixels per crop pixel of cells that fit the crop; below 1 they are enlarged.
 
     Returns:
         The crops, in the order of frames and labels.
@@ -155,7 +157,7 @@ def extract_crops(
     images, sdfs, foreign, scales = [], [], [], []
     for index, label, centre, radius, contrast_, base, _ in found:
         image, labels = frames[index]
-        scale = max(1.0, (radius + HALO / 2) / (size / 2))
+        scale = max(least_scale, (radius + HALO / 2) / (size / 2))
         cut, own, other = _cut(image, labels, label, centre, scale, size)
         images.append((cut - base) / contrast_)
         sdfs.append(signed_distance(own))
@@ -205,7 +207,7 @@ def _cut(
     # Sampling positions of the crop's pixel centres in the patch; blur first so that shrinking does not alias.
     grid = (np.arange(size) - (size - 1) / 2) * scale + reach - 0.5
     yy, xx = np.meshgrid(grid, grid, indexing="ij")
-    smooth = ndimage.gaussian_filter(patch, 0.4 * np.sqrt(scale**2 - 1))
+    smooth = ndimage.gaussian_filter(patch, 0.4 * np.sqrt(max(scale**2 - 1, 0)))
     cut = ndimage.map_coordinates(smooth, [yy, xx], order=1, mode="nearest")
     own_s = ndimage.map_coordinates(own.astype(np.float32), [yy, xx], order=1) > 0.5
     other_s = ndimage.map_coordinates(other.astype(np.float32), [yy, xx], order=1) > 0.5

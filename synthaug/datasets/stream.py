@@ -17,7 +17,7 @@ from torch import Tensor
 from synthaug.datasets.bank import Bank, Frame, Plan, StreamStats, no_cells
 from synthaug.datasets.mixing import Mix, exact_ratio, read_real
 from synthaug.datasets.producer import SerialThread
-from synthaug.errors import InputError
+from synthaug.errors import InputError, SynthAugError
 from synthaug.randomness import SampleKey
 
 STREAM_VERSION = 1
@@ -180,7 +180,7 @@ class Stream:
             cells,
             [frame.key],
             self.config.size,
-            picks=[torch.arange(len(cells), device=self.cascade.device)],
+            picks=[torch.arange(len(cells))],
             clustering=self.config.clustering,
             background=self.config.background,
             **self._wishes,
@@ -196,9 +196,21 @@ class Stream:
             self.transform.set_random_state(seed=key.child("transform").integer() % 2**32)
         try:
             sample = self.transform(sample)  # type: ignore[assignment]
-        except Exception as error:
+        except SynthAugError as error:
             error.add_note(f"synthaug: in the transform of {what}")
             raise
+        except Exception as error:
+            root: BaseException = error
+            while root.__cause__ is not None:  # MONAI says only which transform it was, and keeps the reason there
+                root = root.__cause__
+            why = "" if root is error else f", because of {type(root).__name__}: {root}"
+            raise InputError(
+                f"transform of {what}",
+                expected="a sample",
+                got=f"{type(error).__name__}: {error}{why}",
+                remedy=f"Call it on {{'image': ..., 'label': ...}}, both [1, {', '.join(map(str, self.config.size))}], to "
+                "see where it fails.",
+            ) from error
         if not isinstance(sample, Mapping) or not {"image", "label"} <= set(sample):
             got = f"keys {sorted(map(str, sample))}" if isinstance(sample, Mapping) else type(sample).__name__
             raise InputError(

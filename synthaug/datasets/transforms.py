@@ -136,7 +136,7 @@ class RandSynthPopulation(RandomizableTransform):
             pool.take(num, self._key.child("pick")),
             [self._key],
             size,
-            picks=[torch.arange(num, device=self.cascade.device)],
+            picks=[torch.arange(num)],
             num_cells=self.num_cells,
             density=self.density,
             clustering=self.clustering,

@@ -140,7 +140,11 @@ def slice_pairs(volumes: Sequence[Volume]) -> list[SlicePair]:
 
 
 def extract_slice_crops(
-    volumes: Sequence[Volume], *, crop_size: int | None = None, min_area: int | None = None
+    volumes: Sequence[Volume],
+    *,
+    crop_size: int | None = None,
+    min_area: int | None = None,
+    least_scale: float = 1.0,
 ) -> SliceCrops:
     """Cut every whole outline out of its plane, see `crops.extract_crops`.
 
@@ -148,6 +152,7 @@ def extract_slice_crops(
         volumes: Images and labels, see `Volume`.
         crop_size: Pixels; default: chosen from the sizes of the outlines (32 to 128).
         min_area: Smaller outlines are specks: dropped and counted. Default: 2 % of the median area, at least 20 px.
+        least_scale: See `crops.extract_crops`.
 
     Raises:
         DataError: If no outline is left.
@@ -162,6 +167,7 @@ def extract_slice_crops(
         crop_size=crop_size,
         min_area=min_area,
         references=[references[s.volume] for s in slices],
+        least_scale=least_scale,
     )
     known = dict(zip(zip(outlines.frame.tolist(), outlines.label.tolist()), central.tolist()))
     keys = list(zip(crops.frame.tolist(), crops.label.tolist()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -114,8 +115,7 @@ def training_batch(image: Tensor, label: Tensor, config: AugmentConfig, key: Sam
     grey = grey + column(torch.from_numpy(rng.uniform(-config.offset, config.offset, num)).float())
     sigma = torch.from_numpy(rng.uniform(0, config.blur, num) * rng.integers(2, size=num)).float()
     grey = _blur(grey, sigma.to(device))
-    generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
-    noise = torch.randn(grey.shape, generator=generator, device=device)
+    noise = torch.from_numpy(rng.standard_normal(grey.shape, dtype=np.float32)).to(device)
     grey = grey + column(torch.from_numpy(rng.uniform(0, config.noise, num)).float()) * noise
     ids = ids[:, 0]
     target = frame_targets(ids) if ids.ndim == 3 else volume_targets(ids)

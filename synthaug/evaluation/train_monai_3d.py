@@ -87,12 +87,12 @@ def build_network(seed: int = 0) -> nn.Module:
 @torch.no_grad()
 def predict(network: nn.Module, image: NDArray[Any], size: Sequence[int]) -> NDArray[np.float32]:
     """Probabilities float32 [3, Z, Y, X] of background, interior and border, in windows of `size`."""
-    volume = torch.from_numpy(normalise(image))[None, None]
+    volume = torch.from_numpy(normalise(image))[None, None].to(next(network.parameters()).device)
     logits = sliding_window_inference(
         volume, tuple(size), sw_batch_size=1, predictor=network, overlap=0.25, mode="gaussian"
     )
     assert isinstance(logits, Tensor)
-    probabilities: NDArray[np.float32] = logits.softmax(1)[0].numpy()
+    probabilities: NDArray[np.float32] = logits.softmax(1)[0].cpu().numpy()
     return probabilities
 
 

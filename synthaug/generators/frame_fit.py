@@ -50,6 +50,9 @@ gain in counts; haze_* and field_* relative; tail, skewness of the texture (see 
 cling, how much the amplitude of the wider textures grows with the blurred cells beyond glow, their usual value; height
 and width of the real frame in pixels."""
 
+UNDER_ROUNDING = 4.0
+"""Noise of less than so many times the variance of rounding to whole counts shows no correlation to go by."""
+
 BLOCK = 8  # pixels on a side of the blocks the slow fields are fitted to
 NEAR = [(dy, dx) for dy in range(NOISE_RADIUS + 1) for dx in range(-NOISE_RADIUS, NOISE_RADIUS + 1) if dy or dx >= 0]
 FAR = (4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40)
@@ -312,7 +315,9 @@ def fit_kernel(measures: Sequence[FrameMeasure], integer: bool, *, gate: float =
     for m in measures:
         near = _near_covariance(m)
         near[_ORIGIN] -= QUANTISATION if integer else 0.0
-        if near[_ORIGIN] > 0.02 * m.covariance[_ORIGIN]:
+        # Where rounding hides the noise, what is left is structure: taken for noise, it would drown the cells.
+        told = near[_ORIGIN] > (UNDER_ROUNDING * QUANTISATION if integer else 0.0)
+        if told and near[_ORIGIN] > 0.02 * m.covariance[_ORIGIN]:
             correlations.append(near / near[_ORIGIN])
     square = np.zeros((2 * NOISE_RADIUS + 1, 2 * NOISE_RADIUS + 1))
     square[NOISE_RADIUS, NOISE_RADIUS] = 1

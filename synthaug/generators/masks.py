@@ -39,6 +39,7 @@ class MaskConfig:
     Attributes:
         crop_size: Side of the crops the masks are returned on, pixels.
         margin: Pixels kept free between the cell's enclosing circle and the crop's edge.
+        least_scale: Image pixels per crop pixel of cells that fit the crop; below 1 small cells are drawn enlarged.
         grid_size: Side of the grid the network sees.
         grid_radius: Radius of the enclosing circle on that grid, grid pixels.
         truncation: Distances beyond this many grid pixels are cut off.
@@ -55,6 +56,7 @@ class MaskConfig:
 
     crop_size: int = 64
     margin: float = 5.0
+    least_scale: float = 1.0
     grid_size: int = 32
     grid_radius: float = 13.0
     truncation: float = 4.0
@@ -242,7 +244,7 @@ class MaskDDPM(Stage):
         inside = grid < 0
         edge = torch.cat([inside[:, 0], inside[:, -1], inside[:, :, 0], inside[:, :, -1]], 1).any(1)
         # The largest circle that fits keeps `margin` pixels; a larger cell is stored at a coarser scale, never cut.
-        scale = (radius / (config.crop_size / 2 - config.margin)).clamp_min(1.0)
+        scale = (radius / (config.crop_size / 2 - config.margin)).clamp_min(config.least_scale)
         smooth = F.pixel_unshuffle(blur(grid[:, None], config.outline_smoothing), config.patch_size)
         outline = (self.from_grid(smooth, radius, scale) < 0).cpu().numpy()
         # Far from the outline the samples are truncated; the other stages need metric distances there.

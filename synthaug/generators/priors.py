@@ -79,7 +79,8 @@ class ShapePrior(Stage):
         size, device = masks.sdf.shape[-1], masks.sdf.device
         seen = self._voxels(noise).amin(1)
         half_side = _half_side(seen, masks)
-        scale = (VIEW_RADIUS * half_side / (size / 2 - self.config.margin)).clamp_min(1.0)
+        needed = VIEW_RADIUS * half_side / (size / 2 - self.config.margin)
+        scale = torch.maximum(needed, masks.scale.cpu().clamp_max(1.0))  # no coarser than the mask, if it fits
         sdf = view_distance(_on_crops(seen, half_side / scale, size))
         return CellMasks(sdf=sdf.to(device), brightness=masks.brightness, scale=scale.to(device))
 

@@ -41,6 +41,7 @@ class SlicingConfig:
         z_spacing: Image pixels (in Y and X) from plane to plane.
         stretch: How many times longer a cell looks along z than the surface is; fitted to images.
         margin: Pixels kept free between the cell and the crop's edge, as for masks.
+        least_scale: Image pixels per crop pixel of cells that fit the crop, as for masks.
         outline_reach: Standard deviation, in planes, of the outline's hold on the sections above and below it.
         volume_range: Least and largest volume of real cells in voxels of the data; (0, 0) where it is not known.
     """
@@ -50,6 +51,7 @@ class SlicingConfig:
     z_spacing: float = 1.0
     stretch: float = 1.0
     margin: float = 5.0
+    least_scale: float = 1.0
     outline_reach: float = 1.0
     volume_range: tuple[float, float] = (0.0, 0.0)
 
@@ -132,12 +134,14 @@ class Slicing(Stage):
         return torch.arange(count, device=offset.device) - (count - 1) / 2 + offset[:, None]
 
     def scale_of(self, surface: Surface) -> Tensor:
-        """Image pixels per crop pixel with which each cell keeps the margin, >= 1, float32 [B]."""
+        """Image pixels per crop pixel with which each cell keeps the margin, float32 [B]."""
         size = surface.sdf.shape[-1]
         axis = ((torch.arange(size, device=surface.sdf.device) + 0.5) / size * 2 - 1).abs()
         distance = torch.hypot(axis[:, None], axis[None])
         farthest = torch.where(surface.mask.any(1), distance, 0.0).amax((1, 2)) + 1 / size
-        return (farthest * surface.half_side / (self.config.crop_size / 2 - self.config.margin)).clamp_min(1.0)
+        return (farthest * surface.half_side / (self.config.crop_size / 2 - self.config.margin)).clamp_min(
+            self.config.least_scale
+        )
 
     def _sections(self, sdf: Tensor, half_side: Tensor, factor: Tensor, height: Tensor) -> Tensor:
         """Signed distance [S, H, W] of one surface at the crop's pixels in the planes of `height`, crop pixels."""

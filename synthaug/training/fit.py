@@ -35,6 +35,7 @@ from synthaug.generators.surface import NeuSSurface, SurfaceConfig
 from synthaug.generators.texture import TextureDiffusion
 from synthaug.hub import ALIASES, embedded_cascades
 from synthaug.training import recipes
+from synthaug.training.borrowing import borrow_clustering, borrow_styles
 from synthaug.training.loop import LoopResult
 from synthaug.training.material import Frames, Pair, Volumes
 from synthaug.training.multiview import fit_multiview
@@ -48,6 +49,10 @@ VIEWS_SHARE = 0.3
 """Share of the training time that the multiview stage takes where it has to be trained."""
 
 SCRATCH = "scratch"
+
+VIEWS = "nuclei-3d"
+"""The embedded cascade that lends its views where a 2D cascade is adapted to volumes: they were trained on spherical harmonics
+alone, so that nothing of its data comes along."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,8 @@ def fit(
         pairs: (image [Y, X] float32 in camera counts, labels [Y, X] int32 contiguous from 1), or both [Z, Y, X]; planes of a
             volume that nobody annotated are `UNLABELLED` in its labels.
         out: Folder of the new cascade.
-        start: Cascade to adapt (embedded name, folder or hub id), or "scratch".
+        start: Cascade to adapt (embedded name, folder or hub id), or "scratch". One of frames serves volumes as well: it
+            brings outlines and textures, see `VIEWS`.
         budget_minutes: Wall-clock minutes for everything.
         seed: Of all training.
         resume: Go on with an interrupted fit of the same request.
@@ -117,10 +123,10 @@ def fit(
     _open_work(work, out, request, resume)
     source = None if start == SCRATCH else Cascade.from_pretrained(start)
     ndim = pairs[0][0].ndim if len(pairs) else 2
-    if source is not None and source.ndim != ndim:
+    if source is not None and source.ndim > ndim:
         raise InputError(
             "start",
-            expected=f"a {ndim}D cascade, as the images are",
+            expected="a 2D cascade, as the images are frames",
             got=f"{start}, which is {source.ndim}D",
             remedy='Name another, or train with "scratch".',
         )
@@ -130,12 +136,25 @@ def fit(
     for line in material.remarks():
         log(line)
 
-    background = _once(work, "background", Background, material.fit_background, log)
-    population = _once(work, "population", PopulationSynthesis, material.fit_population, log)
+    def fit_background() -> Background:
+        stage = material.fit_background()
+        if source is not None and source.ndim == ndim:
+            borrow_styles(stage, source.background)
+        return stage
+
+    background = _once(work, "background", Background, fit_background, log)
+
+    def fit_population() -> PopulationSynthesis:
+        stage = material.fit_population()
+        if source is not None:
+            borrow_clustering(stage, source.population, len(pairs))
+        return stage
+
+    population = _once(work, "population", PopulationSynthesis, fit_population, log)
     preparation = time.monotonic() - begun
     budget_s = max(60 * budget_minutes * (1 - RESERVE) - preparation, 0.3 * 60 * budget_minutes)
     shares = {name: r.share for name, r in (recipes.ADAPT if source else recipes.SCRATCH).items()}
-    learns_views = ndim == 3 and (source is None or source.multiview is None)
+    learns_views = ndim == 3 and (source is None or (source.ndim == 3 and source.multiview is None))
     if learns_views:
         shares = {name: share * (1 - VIEWS_SHARE) for name, share in shares.items()} | {"multiview": VIEWS_SHARE}
     results: dict[str, LoopResult] = {}
@@ -157,7 +176,9 @@ def fit(
     masks = learn(
         "masks",
         MaskDDPM,
-        lambda s, path, say: recipes.fit_masks(outlines, source.masks if source else None, s, seed, path, say, device),
+        lambda s, path, say: recipes.fit_masks(
+            *(outlines, source.masks if source else None, s, seed, path, say, device), least_scale=material.least_scale
+        ),
     )
     extra: dict[str, Any] = {}
     if ndim == 3:
@@ -167,8 +188,8 @@ def fit(
             )
         else:
             assert source is not None
-            assert source.multiview is not None
-            extra["multiview"] = source.multiview
+            lender = source if source.ndim == 3 else Cascade.from_pretrained(VIEWS)
+            extra["multiview"] = lender.multiview
         extra["surface"] = NeuSSurface(SurfaceConfig())
         extra["slicing"] = material.slicing()
     learn(

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from synthaug.cascade import Cascade
 from synthaug.datasets.crops import CropSet, extract_crops
@@ -22,9 +23,13 @@ from synthaug.generators.texture import TextureDiffusion
 from synthaug.generators.volume_fit import dark_level, measure_sections
 from synthaug.randomness import SampleKey
 from synthaug.training.correlation import extract_patches, fit_rho
+from synthaug.types import UNLABELLED
 
 Pair = tuple[NDArray[np.float32], NDArray[np.int32]]
 """Image in camera counts and labels, [Y, X] or [Z, Y, X] both."""
+
+SAME_SIZE, LEAST_SCALE = 0.75, 0.25
+"""Ratio of sizes of cells from which they are drawn as they are, and the strongest enlargement."""
 
 MIN_OUTLINES = 12
 """Outlines near the middle of cells below which those farther off are learned from, too."""
@@ -56,11 +61,14 @@ class Frames:
     ) -> None:
         self.pairs = pairs
         self.crops: CropSet = extract_crops(pairs, crop_size=source.crop_size if source else None)
+        self.least_scale = matching_scale(self.crops, source)
+        if self.least_scale < 1:
+            self.crops = extract_crops(pairs, crop_size=self.crops.image.shape[-1], least_scale=self.least_scale)
         self.outlines = self.crops
 
     def remarks(self) -> list[str]:
         """What was found in the data, a line each."""
-        return []
+        return [f"cells are drawn {1 / self.least_scale:.1f} times enlarged"] if self.least_scale < 1 else []
 
     def fit_background(self) -> Background:
         """Background and camera of the images."""
@@ -108,6 +116,10 @@ class Volumes(Frames):
             for image, labels in pairs
         ]
         crops = extract_slice_crops(self.pairs, crop_size=source.crop_size if source else None)
+        self.least_scale = matching_scale(crops, source)
+        if self.least_scale < 1:
+            size = crops.image.shape[-1]
+            crops = extract_slice_crops(self.pairs, crop_size=size, least_scale=self.least_scale)
         self.crops = crops
         self.outlines = crops.select(crops.central.nonzero()[:, 0])
         if len(self.outlines) < MIN_OUTLINES:
@@ -126,6 +138,7 @@ class Volumes(Frames):
         planes = sum(len(annotated_planes(labels)) for _, labels in self.pairs)
         fit = self.axial
         return [
+            *super().remarks(),
             f"{planes} annotated planes; {len(self.outlines)} outlines near the middle of their cell serve the shapes",
             f"cells are {fit.stretch:.2f} times as long along z as in plane, their light {fit.light_stretch:.2f} times",
             f"about {np.mean(fit.counts):.1f} cells a volume",
@@ -157,12 +170,13 @@ class Volumes(Frames):
                 num_slices=slices_needed(half_side, spacing, stretch),
                 z_spacing=spacing,
                 stretch=stretch,
+                least_scale=self.least_scale,
                 volume_range=(float(low / VOLUME_MARGIN), float(high * VOLUME_MARGIN)),
             )
         )
 
     def finish(self, texture: TextureDiffusion, background: Background, seed: int) -> list[str]:
-        found = fit_rho(texture, extract_patches(self.pairs, texture.config.crop_size), seed=seed)
+        found = fit_rho(texture, extract_patches(self._enlarged(), texture.config.crop_size), seed=seed)
         sections = [
             section
             for image, labels in self.pairs
@@ -182,6 +196,21 @@ class Volumes(Frames):
             ),
             f"axial blur of {sigma:.2f} planes; light {extent:.2f} times as long as masks",
         ]
+
+    def _enlarged(self) -> Sequence[Pair]:
+        """The annotated planes with their neighbours, as large as crops show them."""
+        if self.least_scale == 1:
+            return self.pairs
+        out = []
+        for image, labels in self.pairs:
+            for z in annotated_planes(labels):
+                if 0 < z < len(labels) - 1:
+                    near = slice(z - 1, z + 2)
+                    zoom = (1, 1 / self.least_scale, 1 / self.least_scale)
+                    own = np.full_like(labels[near], UNLABELLED)
+                    own[1] = labels[z]
+                    out.append((ndimage.zoom(image[near], zoom, order=1), ndimage.zoom(own, zoom, order=0)))
+        return out
 
     def calibrate(self, cascade: Cascade, seed: int) -> list[str]:
         """Set each volume's brightness so that labelled voxels are as bright in synthetic volumes as in it.
@@ -210,6 +239,19 @@ class Volumes(Frames):
         before = background.table[:, column]
         background.table[:, column] = torch.where(real > 0, real.to(before), before)
         return [f"labelled voxels were {ratio:.2f} of their volume's brightness, which was set accordingly"]
+
+
+def matching_scale(crops: CropSet, source: Cascade | None) -> float:
+    """Image pixels per crop pixel at which the cells are as large as those the cascade has learned, at most 1.
+
+    Networks have learned grain and blur at the size of their own cells: cells of a third of it would come out with too little
+    texture and too wide a border. Differences up to `SAME_SIZE` are left alone.
+    """
+    if source is None:
+        return 1.0
+    theirs = float(source.masks.attributes[:, 0].exp().median()) / source.least_scale
+    factor = float(crops.radius.median()) / theirs
+    return 1.0 if factor > SAME_SIZE else max(factor, LEAST_SCALE)
 
 
 def _contrast(image: NDArray[np.float32], labels: NDArray[np.int32]) -> float:

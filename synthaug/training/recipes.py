@@ -17,6 +17,7 @@ from synthaug.generators.masks import MaskConfig, MaskDDPM, measure_attributes, 
 from synthaug.generators.stage import untouched_generator
 from synthaug.generators.texture import TextureDiffusion, tiny_config
 from synthaug.randomness import SampleKey
+from synthaug.training.borrowing import PRIOR_CELLS, borrow_spread
 from synthaug.training.loop import LoopConfig, LoopResult, train
 from synthaug.types import CellMasks
 
@@ -119,6 +120,8 @@ def fit_masks(
     checkpoint: Path,
     log: Log,
     device: str | torch.device = "cpu",
+    *,
+    least_scale: float = 1.0,
 ) -> tuple[MaskDDPM, LoopResult]:
     """Train the outlines on the crops' signed distances, long axis along x, flipped at random."""
     recipe = (ADAPT if start else SCRATCH)["masks"]
@@ -126,11 +129,15 @@ def fit_masks(
         stage = start or MaskDDPM(MaskConfig(crop_size=crops.image.shape[-1]))
     if not start:
         initialise(stage.unet, SampleKey(seed, ("masks",)))
+    stage.config = replace(stage.config, least_scale=least_scale)
 
     def attributes(part: CropSet) -> Tensor:
         return measure_attributes(part.sdf < 0, part.radius, part.brightness, stage.config.attributes)
 
-    stage.set_tables({"attributes": attributes(crops)})
+    table = attributes(crops)
+    if start:
+        table = borrow_spread(table, start.attributes, PRIOR_CELLS)
+    stage.set_tables({"attributes": table})
     training, held_out = split_crops(crops, seed)
 
     def grids(part: CropSet) -> tuple[Tensor, Tensor]:
