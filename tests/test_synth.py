@@ -443,11 +443,19 @@ def test_transform_errors_name_the_sample() -> None:
     def broken(sample: dict[str, Any]) -> dict[str, Any]:
         raise ZeroDivisionError("oops")
 
-    with pytest.raises(ZeroDivisionError) as caught:
+    with pytest.raises(
+        InputError, match=r"transform of real\[\d\], sample 0 of batch 0: .* got ZeroDivisionError: oops"
+    ):
         next(iter(dataset(transform=broken, synthetic_ratio=0.0)))
-    assert "real[" in caught.value.__notes__[0]
-    with pytest.raises(ZeroDivisionError) as caught:
+    with pytest.raises(InputError, match="transform of synthetic sample 0 of batch 0: expected") as caught:
         next(iter(dataset(transform=broken, synthetic_ratio=1.0)))
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+    def refuses(sample: dict[str, Any]) -> dict[str, Any]:
+        raise InputError("label", expected="x", got="y")
+
+    with pytest.raises(InputError, match=r"^label: expected x") as caught:
+        next(iter(dataset(transform=refuses, synthetic_ratio=1.0)))
     assert "synthetic sample 0 of batch 0" in caught.value.__notes__[0]
 
 

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from synthaug.datasets.bank import StreamStats
+from synthaug.datasets.failed import FailedBatch, swallows_errors
 from synthaug.datasets.loader import STATS_KEY, SynthLoader, check_workers
 from synthaug.datasets.mixing import check_real
 from synthaug.datasets.progress import Progress
@@ -296,7 +297,13 @@ class SynthDataset(IterableDataset):
         # Where we are is asked anew each time: several iterators go through one stream together.
         while end is None or self._progress.batch < end:
             batch = self._progress.batch
-            made, stats = self._make(batch, [batch + i + 1 for i in range(self.config.num_lanes)])
+            try:
+                made, stats = self._make(batch, [batch + i + 1 for i in range(self.config.num_lanes)])
+            except Exception as error:
+                if not swallows_errors():
+                    raise
+                yield FailedBatch(error)
+                return
             self._stats.add(stats)
             self._progress.advance()
             self._progress.settle()
