@@ -21,7 +21,8 @@ import pytest
 import torch
 from monai.data import DataLoader as MonaiDataLoader
 from monai.data import MetaTensor, ThreadDataLoader
-from torch.utils.data import DataLoader
+from monai.utils import set_determinism
+from torch.utils.data import DataLoader, IterableDataset
 
 from synthaug.datasets.mixing import RealOrder
 from synthaug.datasets.synth import SynthDataset
@@ -385,6 +386,37 @@ def test_monai_cannot_reseed_it(expected: list[str]) -> None:
     stream = dataset()
     assert stream.set_random_state(seed=99) is stream
     assert digest([next(iter(stream))]) == expected[0]
+
+
+class Nothing(IterableDataset):
+    """An endless data set that draws no random numbers."""
+
+    def __iter__(self) -> Iterable[dict[str, Any]]:
+        return itertools.repeat({})
+
+
+@pytest.mark.parametrize("kind", [MonaiDataLoader, ThreadDataLoader])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_set_determinism_changes_nothing_here_and_nothing_there(
+    kind: type, num_workers: int, expected: list[str]
+) -> None:
+    def loader(data: Any) -> Any:
+        return kind(data, batch_size=None, num_workers=num_workers, collate_fn=None)
+
+    def draws() -> tuple[list[float], list[float]]:
+        return torch.rand(3).tolist(), np.random.rand(3).tolist()  # noqa: NPY002
+
+    try:
+        for seed in (7, 8):
+            set_determinism(seed)
+            for _ in itertools.islice(loader(Nothing()), 12):
+                pass
+            after_nothing = draws()  # MONAI's loaders draw seeds of their own
+            set_determinism(seed)
+            assert [digest([batch]) for batch in itertools.islice(loader(dataset()), 12)] == expected[:12]
+            assert draws() == after_nothing
+    finally:
+        set_determinism(None)
 
 
 def test_copies_are_independent(expected: list[str]) -> None:

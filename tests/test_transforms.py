@@ -11,7 +11,7 @@ import monai.transforms as mt
 import numpy as np
 import pytest
 import torch
-from monai.data import DataLoader, Dataset, MetaTensor, set_track_meta
+from monai.data import CacheDataset, DataLoader, Dataset, MetaTensor, set_track_meta
 from monai.utils import set_determinism
 
 from synthaug.datasets import transforms
@@ -135,6 +135,28 @@ def test_compose_and_set_determinism() -> None:
         set_determinism(None)
     one, two = pipeline().set_random_state(9), pipeline().set_random_state(9)
     assert all(torch.equal(a, b) for a, b in zip(run(one), run(two)))
+
+
+@pytest.mark.parametrize("mode", ["replace", "paste"])
+def test_in_a_cache_dataset_every_epoch_is_fresh_and_reproducible(mode: str, untouched_random_state: None) -> None:
+    loaded = []
+
+    def load(item: dict[str, Any]) -> dict[str, Any]:
+        loaded.append(item["name"])
+        return item
+
+    def epochs(seed: int, num: int = 3) -> list[torch.Tensor]:
+        pipeline = mt.Compose([mt.Lambda(load), transform(mode=mode), mt.RandFlipd(KEYS, prob=0.5)])
+        data = CacheDataset([sample() for _ in range(4)], pipeline, num_workers=None, progress=False)
+        pipeline.set_random_state(seed)
+        return [torch.cat([item["image"], item["label"]]) for _ in range(num) for item in data]
+
+    seen = epochs(seed=3)
+    assert len(seen) == 12
+    assert len(loaded) == 4, "what comes before it is cached"
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(seen, 2)), "it is not"
+    assert all(torch.equal(a, b) for a, b in zip(seen, epochs(seed=3)))
+    assert not any(torch.equal(a, b) for a, b in zip(seen, epochs(seed=4)))
 
 
 def test_workers_get_it_and_differ() -> None:
