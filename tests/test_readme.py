@@ -3,7 +3,7 @@
 Each ```python block is run in a namespace and a folder of its own, which holds `my_cells/images` and `my_cells/labels`
 with four small frames. A block with `>>>` is a doctest. A block that cannot run here has the line
 `<!-- not run: reason -->` before it. A block with Cellpose is run where Cellpose is installed, on a small network in place of
-the one that its `CellposeModel` builds or downloads.
+the one that its `CellposeModel` builds or downloads. One with Lightning or accelerate is skipped where that is missing.
 """
 
 from __future__ import annotations
@@ -129,7 +129,14 @@ def test_the_readme_has_examples() -> None:
 @pytest.mark.usefixtures("my_cells")
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: f"README.md:{e.line}")
 def test_an_example_runs(example: Example) -> None:
+    for package in re.findall(r"^(?:import|from) (lightning|accelerate)", example.code, re.MULTILINE):
+        pytest.importorskip(package, reason=f"{package} is not installed here; the extra dev brings it")
     run(example)
+
+
+@pytest.mark.parametrize("framework", ["torch.utils.data", "monai.data", "lightning", "accelerate", "cellpose"])
+def test_every_framework_has_its_lines(framework: str) -> None:
+    assert framework in TEXT
 
 
 @pytest.mark.usefixtures("my_cells", "cellpose_with_a_small_network")
