@@ -99,9 +99,11 @@ def _exact(labels: Tensor, ndim: int) -> Tensor:
 
 def _largest(values: Tensor, radius: tuple[int, ...]) -> Tensor:
     """Maximum over a box of that radius along each of the last axes, [B, (Z,) Y, X]; outside the image is ignored."""
-    pool = F.max_pool2d if len(radius) == 2 else F.max_pool3d
-    kernel = tuple(2 * r + 1 for r in radius)
-    return pool(values[:, None], kernel, stride=1, padding=radius)[:, 0]
+    for axis, reach in enumerate(radius, start=1):  # a box's maximum is that of its axes, one after the other
+        flat = values.movedim(axis, -1)
+        pooled = F.max_pool1d(flat.reshape(-1, 1, flat.shape[-1]), 2 * reach + 1, stride=1, padding=reach)
+        values = pooled.view(flat.shape).movedim(-1, axis)
+    return values
 
 
 def _outline(ids: Tensor) -> Tensor:
