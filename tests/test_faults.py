@@ -40,6 +40,12 @@ LOADERS: dict[str, Callable[[SynthDataset], Any]] = {
 every_loader = pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS)
 
 
+@pytest.fixture(autouse=True)
+def impatient_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an error torch lets each worker sleep on for so many seconds, whatever the data set is; 5 by default."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+
+
 def stream(cascade: Any = None, **changes: Any) -> SynthDataset:
     settings: dict[str, Any] = {"size": (32, 32), "batch_size": 4, "max_reuse": 2, "num_lanes": 2}
     return SynthDataset(cascade or FakeCascade(), **settings | changes)
