@@ -231,6 +231,10 @@ def realism(
     num: Annotated[int, typer.Option(help="Synthetic images.")] = 60,
     size: Size = None,
     seed: Seed = 0,
+    inception_weights: Annotated[
+        Path | None,
+        typer.Option(help="torchvision's inception_v3, .pth or .safetensors: its Fréchet distance as well (not FID)."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:
     """How real is it: distances synthetic - real beside real - real, near-copies, agreement of texture and label."""
@@ -240,10 +244,13 @@ def realism(
     from synthaug.datasets.crops import extract_crops
     from synthaug.datasets.volumes import extract_slice_crops
     from synthaug.evaluation.agreement import mask_agreement
+    from synthaug.evaluation.frechet import frechet_report, load_inception
     from synthaug.evaluation.realism import realism_report
     from synthaug.generators.stage import write_atomic
     from synthaug.randomness import SampleKey
 
+    # Before the minutes of work that a wrong file would waste.
+    inception = load_inception(inception_weights) if inception_weights else None
     model = Cascade.from_pretrained(cascade)
     real, held_out = read_pairs(train), read_pairs(val)
     shape = parse_size(size) if size else common_size([*real, *held_out])
@@ -266,10 +273,14 @@ def realism(
     drawn = max(model.rejects["drawn"], 1)
     rejected = {why: n / drawn for why, n in model.rejects.items() if why != "drawn"}
     typer.echo(report.table())
+    learned = None if inception is None else frechet_report(real, held_out, synthetic, inception, seed=seed)
+    if learned is not None:
+        typer.echo(learned)
     typer.echo(f"thresholded cell against its mask, mean IoU: {agreement}")
     typer.echo(f"masks drawn again: {sum(rejected.values()):.1%} {rejected}")
     if out:
         record = {**report.as_dict(), "mask_agreement": agreement, "rejected": rejected}
+        record |= learned.as_dict() if learned is not None else {}
         write_atomic(out, (json.dumps(record, indent=2) + "\n").encode())
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import numpy as np
 import pytest
 import tifffile
+import torch
 
 from synthaug import cli
 from synthaug.datasets.readers import open_pairs
@@ -74,6 +76,39 @@ def test_preview_of_two_images_has_pictures_but_no_numbers(monkeypatch, tmp_path
     assert "no realism numbers" in capsys.readouterr().err
     assert (tmp_path / "look" / "sheet.png").is_file()
     assert not (tmp_path / "look" / "realism.json").exists()
+
+
+def test_realism_says_which_frechet_distance_is_which(monkeypatch, tmp_path, data, capsys):
+    pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
+
+    class Brightness(torch.nn.Module):
+        num_features = 2
+
+        def forward(self, image):
+            return torch.stack([image.mean((1, 2, 3)), image.amax((1, 2, 3))], 1)
+
+    asked = []
+    monkeypatch.setattr("synthaug.evaluation.frechet.load_inception", lambda path: asked.append(path) or Brightness())
+    out = tmp_path / "numbers.json"
+    sets = ["--train", str(data), "--val", str(data), "--num", "8", "--out", str(out)]
+    command = ["evaluate", "realism", "nuclei-2d", *sets]
+    assert run(monkeypatch, *command, "--inception-weights", "weights.pth") == 0
+    assert [path.name for path in asked] == ["weights.pth"]
+    said, numbers = capsys.readouterr().out, json.loads(out.read_text())
+    assert "Fréchet texture distance" in said
+    assert "frechet_inception_v3_torchvision: r2r " in said
+    learned = numbers["frechet_inception_v3_torchvision"]
+    assert (learned["num_tiles"], learned["tile"]) == (8, 128)
+    assert learned["r2r"] == pytest.approx(0, abs=1e-4)
+    assert learned["r2s"] > 0
+    assert numbers["frechet"]["r2s"] != learned["r2s"]
+
+
+def test_wrong_inception_weights_are_told_before_any_work(monkeypatch, tmp_path, data, capsys):
+    monkeypatch.setattr("synthaug.cascade.Cascade.from_pretrained", lambda name: pytest.fail("work was begun"))
+    sets = ["--train", str(data), "--val", str(data)]
+    assert run(monkeypatch, "evaluate", "realism", "nuclei-2d", *sets, "--inception-weights", "absent.pth") == 2
+    assert "weights absent.pth: expected a file" in capsys.readouterr().err
 
 
 def test_info_names_the_embedded_and_describes_one(monkeypatch, capsys):

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from synthaug.errors import InputError
 from synthaug.evaluation import frechet
-from synthaug.evaluation.frechet import INCEPTION, TEXTURE43, FrechetReport, frechet_report, load_inception
+from synthaug.evaluation.frechet import (
+    INCEPTION,
+    TEXTURE43,
+    FrechetReport,
+    InceptionFeatures,
+    frechet_report,
+    load_inception,
+)
 from synthaug.evaluation.realism import Distance
 from synthaug.evaluation.texture_features import FEATURE_NAMES
 from synthaug.evaluation.tiles import cut_tiles
@@ -153,11 +160,14 @@ def test_the_network_of_fid_is_told_apart(tmp_path: Path) -> None:
 
 def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file({"fc.weight": torch.zeros(1000, 8)}, tmp_path / "weights.safetensors")
+    missing = r'expected to be installed.*pip install "synthaug\[inception\]"'
     monkeypatch.setitem(sys.modules, "torchvision.models", None)
-    with pytest.raises(InputError, match=r'torchvision: expected to be installed.*pip install "synthaug\[inception\]"'):
-        load_inception(tmp_path / "weights.safetensors")
+    with pytest.raises(InputError, match=f"torchvision: {missing}"):
+        InceptionFeatures({})
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
-    with pytest.raises(InputError, match=r"torchmetrics: expected to be installed"):
+    with pytest.raises(InputError, match=f"torchmetrics: {missing}"):
+        load_inception(tmp_path / "weights.safetensors")
+    with pytest.raises(InputError, match=f"torchmetrics: {missing}"):
         frechet_report(frames(0), frames(100), frames(200), Moments())
 
 

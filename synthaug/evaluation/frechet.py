@@ -109,6 +109,17 @@ def _inception_v3() -> Any:
     return inception_v3
 
 
+def _torchmetrics_fid() -> Any:
+    _make_importable()
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+    except ImportError as error:
+        raise InputError(
+            "torchmetrics", expected="to be installed", got=str(error), remedy='pip install "synthaug[inception]".'
+        ) from error
+    return FrechetInceptionDistance
+
+
 def load_inception(path: str | Path) -> InceptionFeatures:
     """The extractor of `INCEPTION`.
 
@@ -117,7 +128,8 @@ def load_inception(path: str | Path) -> InceptionFeatures:
             can run no code.
 
     Raises:
-        InputError: The file is missing, is no state dict of that network, or torchvision is not installed.
+        InputError: The file is missing, is no state dict of that network, or torchvision or torchmetrics is not
+            installed.
     """
     path = Path(path)
     if not path.is_file():
@@ -139,6 +151,7 @@ def load_inception(path: str | Path) -> InceptionFeatures:
         got = f"{head.shape[0]} classes" + (", the network of FID" if head.shape[0] == 1008 else "")
         remedy = f"That one pools in another way, which is not built here. {REMEDY}"
         raise InputError(f"weights {path}", expected=f"{NUM_CLASSES} classes", got=got, remedy=remedy)
+    _torchmetrics_fid()  # no use without it, which is better known before the images are made
     return InceptionFeatures(state)
 
 
@@ -229,14 +242,7 @@ def feature_distance(
     Raises:
         InputError: torchmetrics is not installed.
     """
-    _make_importable()
-    try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-    except ImportError as error:
-        raise InputError(
-            "torchmetrics", expected="to be installed", got=str(error), remedy='pip install "synthaug[inception]".'
-        ) from error
-    metric = FrechetInceptionDistance(feature=extractor.eval(), reset_real_features=False)
+    metric = _torchmetrics_fid()(feature=extractor.eval(), reset_real_features=False)
 
     def show(tiles: NDArray[np.float32], real: bool) -> None:
         for start in range(0, len(tiles), TILES_AT_ONCE):
