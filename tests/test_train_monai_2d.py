@@ -123,6 +123,8 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ConfigParser:
 
 
 def test_the_parser_builds_a_bundle_that_trains(bundle: ConfigParser) -> None:
+    # `from a import b` finds no module b that nobody has imported yet, as in a fresh process.
+    assert bundle.get("imports") == ["$import synthaug"]
     stream, loader, network = (bundle.get_parsed_content(name) for name in ("stream", "train_loader", "network"))
     assert isinstance(stream, SynthDataset)
     assert isinstance(loader, MonaiDataLoader)
