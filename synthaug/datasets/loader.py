@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from synthaug.datasets.bank import StreamStats
 from synthaug.datasets.progress import MAX_WORKERS
-from synthaug.errors import InputError
+from synthaug.errors import InputError, ProducerError
 from synthaug.randomness import SampleKey
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class SynthLoader(DataLoader):
 
     Raises:
         InputError: Workers for a cascade on CUDA, or settings that would batch or shuffle the stream once more.
+        ProducerError: While iterating: making cells failed, or a worker died.
     """
 
     dataset: SynthDataset
@@ -58,13 +60,34 @@ class SynthLoader(DataLoader):
     def __iter__(self) -> Any:
         if self.num_workers == 0:
             return super().__iter__()
-        return self._counted(self.dataset.launch(super().__iter__))
+        with self._worker_deaths():
+            batches = self.dataset.launch(super().__iter__)
+        return self._counted(batches)
 
     def _counted(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        for batch in batches:
+        while True:
+            with self._worker_deaths():
+                batch = next(batches, None)
+            if batch is None:
+                return
             stats = batch.pop(STATS_KEY)
             self.dataset.count(StreamStats(**{**stats, "rejects": Counter(stats["rejects"])}))
             yield batch
+
+    @contextmanager
+    def _worker_deaths(self) -> Iterator[None]:
+        """What torch says of a worker that died names neither a reason nor a remedy."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker (pid"):  # what it says of one that raised begins otherwise
+                raise
+            self._iterator = None  # of workers of which one is missing; the next iter() starts others
+            raise ProducerError(
+                f"A worker of the loader died: {str(error).strip()} The system kills a process when memory runs out: use "
+                "fewer num_workers, a smaller size or batch_size. With num_workers=0 an error shows where it happens. iter() "
+                "of this loader, or of another one after load_state_dict(), goes on behind the last batch taken."
+            ) from error
 
     def stats(self) -> StreamStats:
         """What went into the batches taken so far, over all workers."""
