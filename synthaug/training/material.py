@@ -32,7 +32,7 @@ SAME_SIZE, LEAST_SCALE = 0.75, 0.25
 """Ratio of sizes of cells from which they are drawn as they are, and the strongest enlargement."""
 
 MIN_OUTLINES = 12
-"""Outlines near the middle of cells below which those farther off are learned from, too."""
+"""Outlines near the middle of cells below which the larger half of all is learned from instead."""
 
 CALIBRATION_CELLS, CALIBRATION_VOLUMES = 32, 48
 """Fresh cells, and volumes made of them, by which the brightness of volumes is set."""
@@ -123,7 +123,9 @@ class Volumes(Frames):
         self.crops = crops
         self.outlines = crops.select(crops.central.nonzero()[:, 0])
         if len(self.outlines) < MIN_OUTLINES:
-            self.outlines = crops
+            # Planes cut cells anywhere, and a shape is made from a cell's largest outline. Of the sections of a sphere the
+            # larger half have 87 % of its radius or more (stereology, Wicksell 1925); the mean of all has 79 %.
+            self.outlines = crops.select((crops.radius >= crops.radius.median()).nonzero()[:, 0])
         self.axial = fit_axial(self.pairs, voxel_size_um)
         if not np.isfinite(self.axial.stretch) or self.axial.stretch <= 0:
             raise DataError(
@@ -139,7 +141,7 @@ class Volumes(Frames):
         fit = self.axial
         return [
             *super().remarks(),
-            f"{planes} annotated planes; {len(self.outlines)} outlines near the middle of their cell serve the shapes",
+            f"{planes} annotated planes; {len(self.outlines)} outlines near the middle of cells serve the shapes",
             f"cells are {fit.stretch:.2f} times as long along z as in plane, their light {fit.light_stretch:.2f} times",
             f"about {np.mean(fit.counts):.1f} cells a volume",
         ]
