@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import synthaug
-from synthaug.datasets.check import SeenSample, check_stream, contact_sheet, find_faults, next_samples
+from synthaug.datasets.check import TITLE, SeenSample, check_stream, contact_sheet, find_faults, next_samples
 from synthaug.datasets.synth import SynthDataset
 from synthaug.errors import InputError, ProducerError
 from synthaug.types import UNLABELLED
@@ -142,7 +142,7 @@ def test_the_picture_shows_outlines_and_labels() -> None:
     image[label > 0] = 200
     page = iio.imread(io.BytesIO(contact_sheet([SeenSample(image, label, True)])))[..., :3]
     zoom = 4
-    left, right = (page[34:, 12 + start :][: 60 * zoom, : 60 * zoom] for start in (0, 62 * zoom))
+    left, right = (page[TITLE:, 12 + start :][: 60 * zoom, : 60 * zoom] for start in (0, 62 * zoom))
     at = zoom // 2
     assert right[5 * zoom, 5 * zoom].tolist() == [0, 0, 0], "no colour on the background"
     colours = {tuple(right[y * zoom + at, y * zoom + at].tolist()) for y in (20, 40)}

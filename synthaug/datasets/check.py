@@ -25,6 +25,9 @@ from synthaug.types import UNLABELLED
 LEAST_OVERLAP = 0.3
 """Ranges of grey values of real and synthetic samples that overlap by a smaller share of both together are warned of."""
 
+TITLE = 48
+"""Pixels above every sample in the picture, for two lines."""
+
 COLOURS = {"real": "#1f6fb8", "synthetic": "#c4570a"}
 
 
@@ -106,8 +109,8 @@ def check_stream(
         stream: A `SynthDataset` or its loader. A copy of it is read in this process.
         n: Samples to look at; they begin with the stream's next batch.
         out_png: Contact sheet to write: every image with the outlines of its labels beside the labels in colours, real and
-            synthetic marked, all at the same contrast; of volumes the planes xy, xz and yz. Its folder is created. None:
-            no picture.
+            synthetic marked, with the 1st and 99.8th percentile of the grey values, all at the same contrast; of volumes
+            the planes xy, xz and yz. Its folder is created. None: no picture.
         viewer: Also open them in napari.
 
     Returns:
@@ -232,18 +235,17 @@ def contact_sheet(samples: Sequence[SeenSample], voxel_size_um: VoxelSize | None
     zoom = max(round(240 / height), 1)  # small samples are enlarged, to be seen
     columns = max(min(len(samples), 1600 // (zoom * width + 12)), 1)
     rows = -(-len(samples) // columns)
-    size = (columns * (zoom * width + 12) + 12, rows * (zoom * height + 34) + 12)
+    size = (columns * (zoom * width + 12) + 12, rows * (zoom * height + TITLE) + 12)
     figure = Figure(figsize=(size[0] / 100, size[1] / 100), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
     for i, (sample, picture) in enumerate(zip(samples, pictures)):
-        left, top = 12 + i % columns * (zoom * width + 12), 34 + i // columns * (zoom * height + 34)
+        left, top = 12 + i % columns * (zoom * width + 12), TITLE + i // columns * (zoom * height + TITLE)
         shape = picture.shape[1] * zoom, picture.shape[0] * zoom
         axes = figure.add_axes((left / size[0], 1 - (top + shape[1]) / size[1], shape[0] / size[0], shape[1] / size[1]))
         axes.imshow(picture, interpolation="nearest", aspect="auto")
         axes.set_axis_off()
-        axes.set_title(
-            f"{sample.kind}, {len(sample.ids)} cells", color=COLOURS[sample.kind], fontsize=10, loc="left", pad=4
-        )
+        title = f"{sample.kind}, {len(sample.ids)} cells\ngrey values " + "{:.4g} to {:.4g}".format(*sample.range)
+        axes.set_title(title, color=COLOURS[sample.kind], fontsize=10, loc="left", pad=4)
     with io.BytesIO() as file:
         figure.savefig(file, format="png", dpi=100)
         return file.getvalue()
