@@ -122,6 +122,12 @@ def test_what_it_warns_of() -> None:
     (apart,) = faults(real=real_pairs(level=5000))
     assert "far apart (real 4998 to 505" in apart
     assert faults(real=real_pairs(level=110)) == []
+    label = np.zeros((40, 40), np.int32)
+    label[4:24, 4:24], label[28:38, 28:38] = 1, 2
+    (sizes,) = faults(real=[((100 + 50 * (label > 0)).astype(np.float32), label)] * 3)
+    assert sizes.startswith(
+        "Cells of real and synthetic samples differ in size (90th percentile of areas: real 400 px, syn"
+    )
     assert find_faults(next_samples(stream(real=None, synthetic_ratio=1.0), 2)) == []
 
 
@@ -134,6 +140,17 @@ def test_planes_that_nobody_annotated_are_no_fault(tmp_path: Path) -> None:
     assert found.warnings == ()
     assert found.image == "float32 (1, 12, 40, 40)"
     assert (tmp_path / "look.png").stat().st_size > 1000
+
+
+def test_the_area_of_a_cell_is_that_of_its_largest_section() -> None:
+    label = np.full((1, 4, 9, 9), UNLABELLED, np.int32)
+    label[:, [0, 2]] = 0
+    label[0, 0, 1:3, 1:3], label[0, 2, 1:5, 1:5], label[0, 2, 6, 6] = 7, 7, 9
+    image = label.astype(np.float32)
+    assert SeenSample(image, label, False).areas.tolist() == [16, 1]
+    assert SeenSample(image[:, 0], label[:, 0], False).areas.tolist() == [4]
+    assert len(SeenSample(image, np.zeros_like(label), False).areas) == 0
+    assert len(SeenSample(image, image, False).areas) == 0, "no labels"
 
 
 def test_the_picture_shows_outlines_and_labels() -> None:

@@ -25,6 +25,9 @@ from synthaug.types import UNLABELLED
 LEAST_OVERLAP = 0.3
 """Ranges of grey values of real and synthetic samples that overlap by a smaller share of both together are warned of."""
 
+MAX_SIZE_RATIO = 3.0
+"""Cells of real and synthetic samples that differ by more than this factor in area are warned of."""
+
 TITLE = 48
 """Pixels above every sample in the picture, for two lines."""
 
@@ -55,6 +58,15 @@ class SeenSample:
         """The labels of its cells, sorted."""
         values = np.unique(self.label)
         return values[values > 0]
+
+    @property
+    def areas(self) -> NDArray[np.int64]:
+        """Pixels of every cell; of volumes, of its largest section across the optical axis."""
+        if self.label.dtype.kind not in "iu":
+            return np.zeros(0, np.int64)
+        numbers = np.searchsorted(self.ids, self.label, side="right") * (self.label > 0)
+        planes = numbers.reshape(-1, numbers.shape[-2] * numbers.shape[-1])
+        return np.max([np.bincount(plane, minlength=len(self.ids) + 1)[1:] for plane in planes], axis=0)
 
     @property
     def range(self) -> tuple[float, float]:
@@ -115,8 +127,8 @@ def check_stream(
 
     Returns:
         What was seen, and warnings of what would go wrong in training: samples without cells, constant or non-finite
-        images, labels that are no integers, not contiguous or do not fit the image, and grey values of real and synthetic
-        samples that are far apart.
+        images, labels that are no integers, not contiguous or do not fit the image, and real and synthetic samples whose
+        grey values or sizes of cells are far apart.
 
     Raises:
         InputError: `stream` or `n` is not what it has to be, or napari is not installed.
@@ -218,6 +230,16 @@ def find_faults(samples: Sequence[SeenSample]) -> list[str]:
                 f"Grey values of real and synthetic samples are far apart ({said}): the network can tell them by that alone. "
                 "Fit the cascade to your images, or scale each sample's intensities in the transform."
             )
+        areas = {kind: np.concatenate([s.areas for s in group]) for kind, group in groups.items()}
+        if all(len(values) for values in areas.values()):
+            # Of the larger ones, as many others are cut by the border.
+            large = {kind: float(np.percentile(values, 90)) for kind, values in areas.items()}
+            if max(large.values()) > MAX_SIZE_RATIO * min(large.values()):
+                said = ", ".join(f"{kind} {area:.0f} px" for kind, area in large.items())
+                faults.append(
+                    f"Cells of real and synthetic samples differ in size (90th percentile of areas: {said}). Fit the cascade "
+                    "to your images, or bring these to its pixel size."
+                )
     return faults
 
 
@@ -244,7 +266,10 @@ def contact_sheet(samples: Sequence[SeenSample], voxel_size_um: VoxelSize | None
         axes = figure.add_axes((left / size[0], 1 - (top + shape[1]) / size[1], shape[0] / size[0], shape[1] / size[1]))
         axes.imshow(picture, interpolation="nearest", aspect="auto")
         axes.set_axis_off()
-        title = f"{sample.kind}, {len(sample.ids)} cells\ngrey values " + "{:.4g} to {:.4g}".format(*sample.range)
+        title = (
+            f"{sample.kind}, {len(sample.ids)} cell{'s' * (len(sample.ids) != 1)}\ngrey values "
+            + "{:.4g} to {:.4g}".format(*sample.range)
+        )
         axes.set_title(title, color=COLOURS[sample.kind], fontsize=10, loc="left", pad=4)
     with io.BytesIO() as file:
         figure.savefig(file, format="png", dpi=100)
