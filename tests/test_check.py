@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import synthaug
-from synthaug.datasets.check import TITLE, SeenSample, check_stream, contact_sheet, find_faults, next_samples
+from synthaug.datasets.check import TITLE, check_stream, contact_sheet, next_samples
+from synthaug.datasets.seen import SeenSample, find_faults
 from synthaug.datasets.synth import SynthDataset
 from synthaug.errors import InputError, ProducerError
 from synthaug.types import UNLABELLED
