@@ -10,7 +10,8 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-# The adapter relies on how train_seg uses its lists, so it is tested with these very versions.
+# The adapter relies on how train_seg uses its lists, so it is tested with these very versions. Cellpose 4 brings torchvision,
+# so what needs that is tested there as well.
 CELLPOSE3 := 3.1.1.3
 CELLPOSE4 := 4.2.1.1
 EXTRA3 := cellpose3
@@ -49,7 +50,8 @@ demo: env  ## train a small MONAI UNet with and without synthetic cells, and com
 # One thread, as the networks of these tests are too small to share. With CELLPOSE set, a missing Cellpose is no reason to skip.
 define test_cellpose
 CELLPOSE=$(CELLPOSE$(1)) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1 \
-	  .venv-cellpose$(1)/bin/python -m pytest -k cellpose tests/test_cellpose*.py tests/test_readme.py
+	  .venv-cellpose$(1)/bin/python -m pytest -k "cellpose or torchvision" tests/test_cellpose*.py tests/test_frechet.py \
+	  tests/test_readme.py
 endef
 
 # Installs again only when pyproject.toml has changed, or when a torch is named on the command line; into the Cellpose
@@ -62,7 +64,7 @@ $(STAMP): pyproject.toml
 	$(call install,-e ".[dev]")
 
 $(CELLPOSE_STAMPS): .venv-cellpose%/.installed: pyproject.toml Makefile
-	$(call install,-e ".[$(EXTRA$*)]" "cellpose==$(CELLPOSE$*)" pytest)
+	$(call install,-e ".[$(EXTRA$*)]" "cellpose==$(CELLPOSE$*)" pytest torchmetrics)
 
 # The environment is the folder of the target.
 define install
