@@ -136,13 +136,7 @@ def fit(
     for line in material.remarks():
         log(line)
 
-    def fit_background() -> Background:
-        stage = material.fit_background()
-        if source is not None and source.ndim == ndim:
-            borrow_styles(stage, source.background)
-        return stage
-
-    background = _once(work, "background", Background, fit_background, log)
+    background = _once(work, "background", Background, material.fit_background, log)
 
     def fit_population() -> PopulationSynthesis:
         stage = material.fit_population()
@@ -223,6 +217,8 @@ def fit(
         **extra,
     )
     notes += material.calibrate(cascade, seed)
+    if source is not None and source.ndim == ndim:
+        borrow_styles(cascade.background, source.background)  # last, as what comes before goes by a row for each image
     for line in notes:
         log(line)
     card = model_card(out.name, request, len(pairs), crops, results, data_card, [*material.remarks(), *notes])
