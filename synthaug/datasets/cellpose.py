@@ -180,7 +180,7 @@ def _version() -> str:
         return "none"
 
 
-def _make_up_for_torchvision() -> None:
+def make_up_for_torchvision() -> None:
     """Declare the operators of torchvision's compiled library where that cannot be loaded.
 
     The registry's torchvision for Linux is built for CUDA. Beside a torch without CUDA its library is not found to fit, which
@@ -232,4 +232,4 @@ def _pair(num_channels: int, device: torch.device, image: NDArray[Any], label: N
 
 # When this module is imported and not at its first use: by then a cascade or Cellpose would have failed to import.
 if _version().startswith("4."):
-    _make_up_for_torchvision()
+    make_up_for_torchvision()

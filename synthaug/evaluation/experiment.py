@@ -354,7 +354,6 @@ def _train(task: _Task, run: Run, log: Log = lambda line: None) -> dict[str, Any
         max_reuse=config.max_reuse,
         num_lanes=1,  # one process makes all batches
         num_batches=config.steps,
-        voxel_size_um=None,
     )
     model, report, stats = _learn(task, run, stream, log)
     predicted = [_predict(task, run, model, image) for image, _ in test]

@@ -93,9 +93,9 @@ REMEDY = (
 
 def _make_importable() -> None:
     """torchmetrics imports torchvision where there is one, which fails beside a torch without CUDA."""
-    from synthaug.datasets.cellpose import _make_up_for_torchvision  # the one place that mends it
+    from synthaug.datasets.cellpose import make_up_for_torchvision  # the one place that mends it
 
-    _make_up_for_torchvision()
+    make_up_for_torchvision()
 
 
 def _inception_v3() -> Any:

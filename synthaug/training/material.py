@@ -141,7 +141,7 @@ class Volumes(Frames):
         fit = self.axial
         return [
             *super().remarks(),
-            f"{planes} annotated planes; {len(self.outlines)} outlines near the middle of cells serve the shapes",
+            f"{planes} annotated planes; {len(self.outlines)} outlines serve the shapes",
             f"cells are {fit.stretch:.2f} times as long along z as in plane, their light {fit.light_stretch:.2f} times",
             f"about {np.mean(fit.counts):.1f} cells a volume",
         ]
