@@ -16,7 +16,6 @@ from synthaug.evaluation import segmenter
 from synthaug.evaluation.segmenter import (
     TrainTransform,
     build_segmenter,
-    instances_from_probabilities,
     normalise,
     predict_instances,
     predict_probabilities,
@@ -307,42 +306,6 @@ def test_the_report_counts_the_time_spent_waiting(monkeypatch: pytest.MonkeyPatc
     assert report.running_stall_share == pytest.approx(3 / 15)
     assert report.pairs_per_second == pytest.approx(8 / 25)
     assert len(report.losses) == len(lines) == 4
-
-
-# Back to instances ------------------------------------------------------------------------------------------------------
-
-
-def as_probabilities(target: NDArray[np.int64]) -> NDArray[np.float64]:
-    return np.stack([np.where(target == c, 0.9, 0.05) for c in (BACKGROUND, INTERIOR, BORDER)])
-
-
-def test_perfect_probabilities_give_back_the_labels() -> None:
-    for index in range(4):
-        _, labels = discs(index)
-        found = instances_from_probabilities(as_probabilities(targets_from_labels(labels)))
-        assert found.dtype == np.int32
-        overlap = [np.bincount(found[labels == i]).max() / (labels == i).sum() for i in range(1, labels.max() + 1)]
-        assert found.max() == labels.max()
-        assert min(overlap) > 0.95
-        np.testing.assert_array_equal(found > 0, labels > 0)
-
-
-def test_ids_stay_contiguous_when_specks_are_dropped() -> None:
-    labels = np.zeros((40, 40), np.int32)
-    labels[2:12, 2:12], labels[15:19, 15:19], labels[25:35, 25:35] = 1, 2, 3
-    probabilities = as_probabilities(targets_from_labels(labels))
-    assert np.unique(instances_from_probabilities(probabilities, min_area=10)).tolist() == [0, 1, 2, 3]
-    assert np.unique(instances_from_probabilities(probabilities, min_area=17)).tolist() == [0, 1, 2]
-
-
-def test_border_without_interior_is_no_cell() -> None:
-    target = np.zeros((20, 20), np.int64)
-    target[5:15, 5:15] = BORDER
-    assert not instances_from_probabilities(as_probabilities(target)).any()
-    target[6:8, 6:8] = INTERIOR  # a speck of 4 pixels
-    assert not instances_from_probabilities(as_probabilities(target)).any()
-    target[9:12, 9:12] = INTERIOR
-    assert instances_from_probabilities(as_probabilities(target)).sum() == 100
 
 
 def test_the_score_of_an_oracle_and_of_a_blind_one() -> None:

@@ -451,11 +451,11 @@ def _predict(task: _Task, run: Run, model: nn.Module, image: NDArray[np.float32]
         small = np.bincount(volume.ravel()) < config.min_area
         volume[small[volume]] = 0
         return volume
-    from synthaug.evaluation.segmenter import instances_from_probabilities
+    from synthaug.evaluation.instances import volume_instances
     from synthaug.evaluation.train_monai_3d import predict
 
     window = (config.size[0], *config.crop)
-    return instances_from_probabilities(predict(model, image, window), config.min_area)
+    return volume_instances(predict(model, image, window), config.min_area, config.voxel_size_um)
 
 
 def _record(

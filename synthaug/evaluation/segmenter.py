@@ -15,21 +15,18 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage
 from torch import Tensor, nn
 
 from synthaug.errors import InputError
+from synthaug.evaluation.instances import MIN_AREA, instances_from_probabilities
 from synthaug.evaluation.metrics import SegmentationScores, segmentation_scores
-from synthaug.evaluation.targets import BACKGROUND, INTERIOR, frame_targets, loss_weights
+from synthaug.evaluation.targets import frame_targets, loss_weights
 from synthaug.randomness import SampleKey
 
 CHANNELS = (16, 32, 64, 96)
 """Of the levels of the network, each at half the resolution of the one before: 0.3 million parameters. On a CPU, many steps
 of a small network beat few of a larger one: after the same time on all of BBBC039's training set, one run of each, SEG was
 0.89 with this one and 0.85 with one whose first level has full resolution."""
-
-MIN_AREA = 20
-"""Default size in pixels of the smallest instance that is kept."""
 
 TILE = 1024
 """Larger images are segmented in overlapping tiles of this side."""
@@ -287,32 +284,6 @@ def predict_probabilities(model: nn.Module, image: NDArray[Any]) -> NDArray[np.f
     assert isinstance(logits, Tensor)
     probabilities: NDArray[np.float32] = logits.softmax(1)[0, :, :height, :width].float().cpu().numpy()
     return probabilities
-
-
-def instances_from_probabilities(
-    probabilities: NDArray[np.floating[Any]], min_area: int = MIN_AREA
-) -> NDArray[np.int32]:
-    """Instances by a watershed from the connected interiors, over all pixels that are rather cell than background.
-
-    Args:
-        probabilities: float [3, Y, X] of background, interior, border.
-        min_area: Instances of fewer pixels are dropped; an interior of less than a quarter of it makes no instance.
-
-    Returns:
-        int32 [Y, X], contiguous from 1, 0 = background.
-    """
-    from skimage.segmentation import relabel_sequential, watershed
-
-    interior = probabilities[INTERIOR]
-    seeds, _ = ndimage.label(interior > 0.5)
-    # Specks of interior lie on doubtful borders; the smallest cell worth keeping has a larger one.
-    specks = np.bincount(seeds.ravel()) < min_area / 4
-    seeds[specks[seeds]] = 0
-    labels = watershed(-interior, seeds, mask=probabilities[BACKGROUND] < 0.5)
-    small = np.bincount(labels.ravel()) < min_area
-    labels[small[labels]] = 0
-    out: NDArray[np.int32] = relabel_sequential(labels)[0].astype(np.int32)
-    return out
 
 
 def predict_instances(model: nn.Module, image: NDArray[Any], *, min_area: int = MIN_AREA) -> NDArray[np.int32]:

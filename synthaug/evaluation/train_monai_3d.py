@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from synthaug.cascade import Cascade
 from synthaug.datasets.synth import SynthDataset
 from synthaug.errors import InputError
+from synthaug.evaluation.instances import volume_instances
 from synthaug.evaluation.monai_training import (
     Pair,
     Validation,
@@ -33,7 +34,7 @@ from synthaug.evaluation.monai_training import (
     train_on_stream,
     validate_instances,
 )
-from synthaug.evaluation.segmenter import TrainingReport, instances_from_probabilities, normalise
+from synthaug.evaluation.segmenter import TrainingReport, normalise
 from synthaug.randomness import SampleKey
 
 CHANNELS = (16, 32, 64)
@@ -97,11 +98,15 @@ def predict(network: nn.Module, image: NDArray[Any], size: Sequence[int]) -> NDA
 
 
 def validate(
-    network: nn.Module, volumes: Sequence[Pair], size: Sequence[int], min_voxels: int = MIN_VOXELS
+    network: nn.Module,
+    volumes: Sequence[Pair],
+    size: Sequence[int],
+    min_voxels: int = MIN_VOXELS,
+    voxel_size_um: Sequence[float] | None = None,
 ) -> Validation:
     """Segment the volumes and compare; planes nobody annotated are left out."""
     return validate_instances(
-        lambda image: instances_from_probabilities(predict(network, image, size), min_voxels), volumes
+        lambda image: volume_instances(predict(network, image, size), min_voxels, voxel_size_um), volumes
     )
 
 
@@ -157,7 +162,7 @@ def train(
         num_batches=steps,
     )
     network, report = train_on_stream(stream, build_network(seed), steps, num_workers, "volumes", log)
-    result = validate(network, val, size, min_voxels)
+    result = validate(network, val, size, min_voxels, cascade.voxel_size_um)
     log(f"SEG {result.scores.seg:.3f}, Dice {result.dice:.3f} on {len(val)} volumes")
     return network, report, result
 
