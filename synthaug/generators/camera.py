@@ -177,7 +177,8 @@ def mirror_index(start: int, length: int, size: int) -> Tensor:
     return torch.minimum(folded, 2 * size - 1 - folded)
 
 
-def _gaussian(image: Tensor, sigma: float) -> Tensor:
+def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of [B, 1, Y, X] with mirrored borders, sigma in pixels."""
     radius = max(1, math.ceil(3 * sigma))
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
     taps = torch.exp(-0.5 * (offsets / sigma) ** 2)
@@ -193,16 +194,16 @@ def _gaussian(image: Tensor, sigma: float) -> Tensor:
 
 
 def wide_blur(image: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of [B, 1, Y, X] with mirrored borders, sigma in pixels, on a grid coarse enough to be cheap."""
+    """`gaussian_blur` on a grid coarse enough to be cheap."""
     rows, columns = image.shape[2:]
     pool = max(1, 2 ** int(math.log2(max(sigma / 2.4, 1.0))))
     if pool == 1:
-        return _gaussian(image, sigma)
+        return gaussian_blur(image, sigma)
     up, wide = -(-rows // pool) * pool, -(-columns // pool) * pool
     if (up, wide) != (rows, columns):
         image = image.index_select(2, mirror_index(0, up, rows).to(image.device))
         image = image.index_select(3, mirror_index(0, wide, columns).to(image.device))
-    coarse = _gaussian(functional.avg_pool2d(image, pool), sigma / pool)
+    coarse = gaussian_blur(functional.avg_pool2d(image, pool), sigma / pool)
     fine = functional.interpolate(coarse, size=(up, wide), mode="bilinear", align_corners=False)
     return fine[:, :, :rows, :columns]
 

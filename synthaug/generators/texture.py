@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from synthaug.generators.camera import gaussian_blur
 from synthaug.generators.diffusion import build_scheduler, denoise
 from synthaug.generators.stage import Noise, Stage
 from synthaug.randomness import SampleKey, normal
@@ -58,6 +59,10 @@ class TextureConfig:
         schedule: Noise schedule, see `build_scheduler`.
         prediction_type: `v_prediction` (tiny) or `epsilon` (Stable Diffusion 1.5).
         image_range: Light that maps to -1 and 1 before the VAE; values beyond are kept, not clipped.
+        outline_shift: How far inside the outline the light ends, crop pixels, compared with what the networks have learned;
+            negative: outside. Some annotators draw outlines wide, others tight.
+        blur: Standard deviation of a Gaussian blur of the light, crop pixels: a few annotated cells do not teach the networks
+            a microscope less sharp than the one they have learned from.
         axial_extent: Stacks: length of a cell's light along z over that of its mask (`axial.axial_extent`); 1 where masks
             end at half the light, less where annotations include the blur.
         axial_sigma: Stacks: standard deviation of the microscope's blur along z, planes (`axial.axial_sigma`).
@@ -77,6 +82,8 @@ class TextureConfig:
     schedule: str = "scaled_linear"
     prediction_type: str = "v_prediction"
     image_range: tuple[float, float] = (-0.25, 2.25)
+    outline_shift: float = 0.0
+    blur: float = 0.0
     axial_extent: float = 1.0
     axial_sigma: float = 0.0
 
@@ -332,7 +339,9 @@ class TextureDiffusion(Stage):
 
     def _texture(self, sdf: Tensor, brightness: Tensor, latent: Tensor) -> Tensor:
         """Light float32 [B, S, S] of outlines [B, S, S], mean 1 inside, from noise [B, C, h, w]."""
-        condition = self.condition(sdf, brightness)
+        half_depth = -0.5 * sdf.flatten(1).amin(1)[:, None, None]  # however small, a cell keeps some light
+        shift = torch.minimum(half_depth.clamp_min(0), torch.full_like(half_depth, self.config.outline_shift))
+        condition = self.condition(sdf + shift, brightness)
         latent = denoise(
             self.scheduler,
             lambda x, t: self.predict(x, t, condition),
@@ -340,6 +349,8 @@ class TextureDiffusion(Stage):
             self.config.num_inference_steps,
         )
         image = self.decode(latent)
+        if self.config.blur:
+            image = gaussian_blur(image[:, None], self.config.blur)[:, 0]
         mask = sdf < 0
         image = image * self.window(sdf)
         mean = (image * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp_min(1)

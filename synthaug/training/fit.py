@@ -202,7 +202,9 @@ def fit(
         TextureDiffusion,
         lambda s, path, say: recipes.fit_texture(crops, vae, source is not None, s, seed, path, say, device),
     )
-    notes = material.finish(texture, background, seed)
+    border = texture.config
+    notes = [f"light ends {border.outline_shift:.2f} px inside the outlines and is blurred by {border.blur:.2f} px"]
+    notes += material.finish(texture, background, seed)
     cascade = Cascade(
         CascadeConfig(
             name=out.name,

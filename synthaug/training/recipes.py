@@ -17,6 +17,7 @@ from synthaug.generators.masks import MaskConfig, MaskDDPM, measure_attributes, 
 from synthaug.generators.stage import untouched_generator
 from synthaug.generators.texture import TextureDiffusion, tiny_config
 from synthaug.randomness import SampleKey
+from synthaug.training.border import fit_border
 from synthaug.training.borrowing import PRIOR_CELLS, borrow_spread
 from synthaug.training.loop import LoopConfig, LoopResult, train
 from synthaug.types import CellMasks
@@ -274,6 +275,9 @@ def fit_texture(
     modules = [stage.unet, stage.controlnet]
     result = train(modules, loss, validate, _loop_config(recipe, budget_s, seed, adapt), checkpoint, log)
     stage.eval()
+    border = fit_border(stage, crops.to(device), seed)
+    stage.config = replace(stage.config, outline_shift=border.outline_shift, blur=border.blur)
+    log(f"light ends {border.outline_shift:.2f} px inside the outline, blurred by {border.blur:.2f} px")
     # All crops, not only the few held out: one factor cannot over-fit, but ten cells are too few to measure it.
     some = torch.randperm(len(crops), generator=SampleKey(seed, ("calibration",)).generator())[:96]
     stage.config = replace(stage.config, noise_scale=calibrate_contrast(stage, crops.select(some).to(device), seed))
