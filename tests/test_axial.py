@@ -8,14 +8,17 @@ import torch
 from scipy import ndimage
 
 from synthaug.generators.axial import (
+    Section,
     attenuate,
     axial_extent,
     axial_sigma,
     blur_axis,
+    expected_half_length,
     fit_attenuation,
     mask_half_length,
     measure_section,
     random_texture_volume,
+    shrink,
     slab_profile,
     texture_grid_volume,
     wide_blur_volume,
@@ -124,6 +127,15 @@ def test_annotated_length_comes_from_where_outlines_lie_in_their_cells():
     slope, error = fit_attenuation(sections)
     assert slope == pytest.approx(0.05, abs=0.02)
     assert 0 < error < 0.05
+
+
+def test_few_outlines_are_pulled_towards_where_a_tenth_of_the_light_is_left():
+    at_middle = [Section(10, 10.0, 4.0, 2.0, 100.0, 100.0, 7.0)] * 4  # by chance
+    assert expected_half_length(at_middle) == pytest.approx(4.0 + 1.28 * 2.0)
+    assert mask_half_length(at_middle) == pytest.approx(20 / 24 * 6.56, abs=0.01)
+    assert mask_half_length(at_middle * 500) == pytest.approx(0.5)
+    assert expected_half_length(at_middle[:2]) == 0.0
+    assert shrink(3.0, 5, 0.0) == 3.0
 
 
 def test_attenuation_is_shared_where_volumes_do_not_differ():

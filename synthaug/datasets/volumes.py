@@ -23,6 +23,7 @@ from torch import Tensor
 from synthaug.datasets.crops import CropSet, extract_crops
 from synthaug.datasets.decoding import contiguous
 from synthaug.errors import DataError, InputError
+from synthaug.generators.axial import shrink
 from synthaug.generators.background import cell_contrasts
 from synthaug.generators.volume_fit import annotated_planes, dark_level
 from synthaug.types import UNLABELLED
@@ -179,12 +180,16 @@ def extract_slice_crops(
     )
 
 
-def fit_axial(volumes: Sequence[Volume], voxel_size_um: Sequence[float] | None = None) -> AxialFit:
+def fit_axial(
+    volumes: Sequence[Volume], voxel_size_um: Sequence[float] | None = None, expected_half_length: float = 0.0
+) -> AxialFit:
     """Length of cells along z, numbers and positions of cells, from annotations in single planes.
 
     Args:
         volumes: Images and labels, see `Volume`; dense labels are taken plane by plane.
         voxel_size_um: (Z, Y, X) in micrometres; None: planes are one pixel apart.
+        expected_half_length: Of annotated cells along z in planes, see `axial.expected_half_length`; few outlines are pulled
+            towards it. 0 if unknown.
 
     Raises:
         DataError: No outline shows where its cell's middle lies.
@@ -194,7 +199,7 @@ def fit_axial(volumes: Sequence[Volume], voxel_size_um: Sequence[float] | None =
         z_spacing = float(voxel_size_um[0] / np.sqrt(voxel_size_um[1] * voxel_size_um[2]))
     slices = slice_pairs(volumes)
     outlines = _measure_outlines(volumes, slices)
-    elongation = _elongation(outlines)
+    elongation = _elongation(outlines, expected_half_length)
     central = _central(outlines, elongation)
     contrasts = _contrast_of_volumes(outlines, central, len(volumes))
     counts, centres, moments = [], [], []
@@ -310,7 +315,7 @@ def _central(outlines: _Outlines, elongation: float) -> NDArray[np.bool_]:
     return _told(outlines) & near
 
 
-def _elongation(outlines: _Outlines) -> float:
+def _elongation(outlines: _Outlines, expected_half_length: float = 0.0) -> float:
     """Half length along z in planes over radius in plane in pixels, of cells as they are annotated.
 
     Outlines lie at a mean distance of half of the half length from the middle. Long cells have more of them, but among the
@@ -330,12 +335,13 @@ def _elongation(outlines: _Outlines) -> float:
     elongation = max(float(np.median(distance / radius)) / MEDIAN_SLOPE, 0.1)
     # a middle far off is another cell's
     mean = float(np.minimum(distance, 3 * max(float(np.median(distance)), 0.25)).mean())
+    half_length = shrink(2 * mean, len(distance), expected_half_length)
     for _ in range(3):
         central = _central(outlines, elongation)[told]
         if not central.any():
             break
         light = float(np.median((length / (2 * radius))[central]))
-        elongation = max(2 * mean / float(radius[central].mean()), light)
+        elongation = max(half_length / float(radius[central].mean()), light)
     return elongation
 
 

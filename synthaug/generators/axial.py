@@ -23,6 +23,12 @@ from synthaug.generators.camera import mirror_index, texture_pitch
 MAX_RUN = 24
 """Planes above and below an outline that are searched for the cell's ends."""
 
+ANNOTATED_TO = 1.28
+"""Standard deviations of the axial blur beyond a cell's light to which it is annotated: where a tenth of it is left."""
+
+PRIOR_SECTIONS = 20
+"""Outlines that `ANNOTATED_TO` weighs as much as: so many give the annotated length to 14 %."""
+
 MIN_CORE = 12
 """Pixels of a cell's core below which its profile is too noisy to tell."""
 
@@ -279,15 +285,28 @@ def axial_sigma(sections: Sequence[Section]) -> float:
     return float(np.median(near)) if len(near) >= 3 else 0.0
 
 
+def expected_half_length(sections: Sequence[Section]) -> float:
+    """Half the length of cells along z up to where a tenth of their light is left, planes; 0 if unknown."""
+    if len(sections) < 3:
+        return 0.0
+    return float(np.median([s.half_length + ANNOTATED_TO * s.sigma for s in sections]))
+
+
 def mask_half_length(sections: Sequence[Section]) -> float:
     """Half the length of cells along z as they are annotated, planes; 0 if unknown.
 
     A plane anywhere within a cell is as likely to be annotated as any other: its mean distance from the cell's middle is
-    half of the half length.
+    half of the half length. Few outlines are pulled towards `expected_half_length`.
     """
     if len(sections) < 3:
         return 0.0
-    return max(2 * float(np.mean([abs(s.plane - s.centre) for s in sections])), 0.5)
+    own = 2 * float(np.mean([abs(s.plane - s.centre) for s in sections]))
+    return max(shrink(own, len(sections), expected_half_length(sections)), 0.5)
+
+
+def shrink(own: float, num: int, expected: float) -> float:
+    """A length told by `num` outlines, pulled towards an expected one that weighs as much as `PRIOR_SECTIONS`."""
+    return (num * own + PRIOR_SECTIONS * expected) / (num + PRIOR_SECTIONS) if expected > 0 else own
 
 
 def axial_extent(sections: Sequence[Section]) -> float:

@@ -14,7 +14,7 @@ from synthaug.cascade import Cascade
 from synthaug.datasets.crops import CropSet, extract_crops
 from synthaug.datasets.volumes import annotated_planes, extract_slice_crops, fit_axial, thin_annotations
 from synthaug.errors import DataError, SynthAugError
-from synthaug.generators.axial import axial_extent, axial_sigma
+from synthaug.generators.axial import axial_extent, axial_sigma, expected_half_length
 from synthaug.generators.background import Background
 from synthaug.generators.cameras import VIEW_RADIUS
 from synthaug.generators.population import PopulationSynthesis
@@ -126,7 +126,13 @@ class Volumes(Frames):
             # Planes cut cells anywhere, and a shape is made from a cell's largest outline. Of the sections of a sphere the
             # larger half have 87 % of its radius or more (stereology, Wicksell 1925); the mean of all has 79 %.
             self.outlines = crops.select((crops.radius >= crops.radius.median()).nonzero()[:, 0])
-        self.axial = fit_axial(self.pairs, voxel_size_um)
+        # What is said of sections leaves saturated pixels in: they matter to the noise alone.
+        self.sections = [
+            section
+            for image, labels in self.pairs
+            for section in measure_sections(image.astype(np.float64), labels, np.inf)[0]
+        ]
+        self.axial = fit_axial(self.pairs, voxel_size_um, expected_half_length(self.sections))
         if not np.isfinite(self.axial.stretch) or self.axial.stretch <= 0:
             raise DataError(
                 "the annotated volumes", expected="outlines whose cells end within the stack", got=str(self.axial)
@@ -179,12 +185,7 @@ class Volumes(Frames):
 
     def finish(self, texture: TextureDiffusion, background: Background, seed: int) -> list[str]:
         found = fit_rho(texture, extract_patches(self._enlarged(), texture.config.crop_size), seed=seed)
-        sections = [
-            section
-            for image, labels in self.pairs
-            for section in measure_sections(image.astype(np.float64), labels, background.config.saturation)[0]
-        ]
-        sigma, extent = axial_sigma(sections), axial_extent(sections)
+        sigma, extent = axial_sigma(self.sections), axial_extent(self.sections)
         texture.config = replace(
             texture.config, rho=found.rho, slice_sigma=found.slice_sigma, axial_sigma=sigma, axial_extent=extent
         )
