@@ -74,7 +74,7 @@ def test_cells_all_over_the_volume_are_not_confined() -> None:
 
 def test_an_ellipsoid_is_one_of_the_table_and_wholly_on_a_large_canvas() -> None:
     for i, count in enumerate([8, 20, 32] * 5):
-        found = SHELL.ellipsoid(SampleKey(0, (i,)).numpy(), SIZE, REACH, count)
+        found = SHELL.ellipsoid(SampleKey(0, (i,)).numpy(), SIZE, REACH, count, SIZE)
         assert found[1:4] @ found[4:] == pytest.approx(np.eye(3), abs=1e-9)
         lengths = np.linalg.norm(found[1:4], axis=0) / SHELL.radii[-1]
         row = SHELL.counts.index(count)  # many cells come with the ellipsoid of many
@@ -82,25 +82,41 @@ def test_an_ellipsoid_is_one_of_the_table_and_wholly_on_a_large_canvas() -> None
         half = np.linalg.norm(found[1:4], axis=1) / SHELL.radii[-1]
         assert (found[0] + 0.5 >= half - 1e-9).all()
         assert (found[0] + 0.5 <= np.array(SIZE) - half + 1e-9).all()
-    first = [SHELL.ellipsoid(SampleKey(1, (i,)).numpy(), SIZE, REACH, 8) for i in range(40)]
+    first = [SHELL.ellipsoid(SampleKey(1, (i,)).numpy(), SIZE, REACH, 8, SIZE) for i in range(40)]
     angles = [np.arctan2(found[3, 1], found[2, 1]) % np.pi for found in first]
     assert np.histogram(angles, 4, (0, np.pi))[0].min() >= 3  # turned by any angle
 
 
 def test_a_window_shows_a_part() -> None:
     keys = [SampleKey(0, ("window", i)) for i in range(300)]
-    whole = [SHELL.count(key, SIZE, REACH, 20.0) for key in keys]
+    whole = [SHELL.count(key, SIZE, REACH, 20.0, SIZE) for key in keys]
     assert np.mean(whole) == pytest.approx(20, abs=0.5)
-    part = [SHELL.count(key, (16, 48, 48), REACH, 20.0) for key in keys]
+    part = [SHELL.count(key, (16, 48, 48), REACH, 20.0, SIZE) for key in keys]
     assert 1 < np.mean(part) < 10
     assert np.std(part) > 1  # some windows show the middle of a shell, some its side
     assert min(part) >= 0
-    assert [SHELL.count(key, SIZE, REACH, 0.0) for key in keys[:20]] == [0] * 20
+    assert [SHELL.count(key, SIZE, REACH, 0.0, SIZE) for key in keys[:20]] == [0] * 20
+
+
+def test_windows_lie_anywhere_in_a_real_volume() -> None:
+    """As many cells are seen as crops of a volume with the region in its middle hold."""
+    one = Region(SHELL.semi_axes[1:2], SHELL.counts[1:2], SHELL.radii)
+    canvas, random = np.array([24, 80, 80]), SampleKey(7).numpy()
+    seen = []
+    for i in range(300):
+        ellipsoid = one.ellipsoid(SampleKey(6, (i,)).numpy(), SIZE, REACH, 20, SIZE)
+        places = ellipsoid[0] + one._points(SampleKey(5, (i,)).numpy(), 100) @ ellipsoid[1:4].T
+        places += np.array(SIZE) / 2 - 0.5 - ellipsoid[0]
+        corner = random.random(3) * (np.array(SIZE) - canvas)
+        seen.append(((places >= corner) & (places < corner + canvas)).all(1).mean())
+    counts = [one.count(SampleKey(0, ("crop", i)), canvas.tolist(), (0, 0, 0), 20.0, SIZE) for i in range(300)]
+    assert np.mean(counts) == pytest.approx(20 * np.mean(seen), rel=0.12)
+    assert np.std(counts) == pytest.approx(20 * np.std(seen), rel=0.3)
 
 
 def test_positions_lie_on_the_canvas_and_follow_the_radii() -> None:
     key, size = SampleKey(4), (16, 48, 48)
-    ellipsoid = SHELL.ellipsoid(key.numpy(), size, REACH, 6)
+    ellipsoid = SHELL.ellipsoid(key.numpy(), size, REACH, 6, SIZE)
     points = SHELL.positions(key.child("p").numpy(), ellipsoid, size, REACH, 500).astype(float)
     places = ellipsoid[0] + points @ ellipsoid[1:4].T
     assert (places >= -np.array(REACH) / 2 - 0.5 - 1e-3).all()
@@ -113,7 +129,7 @@ def test_positions_lie_on_the_canvas_and_follow_the_radii() -> None:
 
 
 def test_the_region_of_cells_that_are_there() -> None:
-    ellipsoid = SHELL.ellipsoid(SampleKey(0).numpy(), SIZE, REACH, 20)
+    ellipsoid = SHELL.ellipsoid(SampleKey(0).numpy(), SIZE, REACH, 20, SIZE)
     assert SHELL.around(np.zeros(SIZE, np.int32), ellipsoid) is ellipsoid
     z, y, x = np.mgrid[:51, :124, :127]
     inside = ((z - 20) / 12) ** 2 + ((y - 60) / 40) ** 2 + ((x - 70) / 30) ** 2 <= 1

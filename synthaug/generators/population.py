@@ -191,7 +191,10 @@ class PopulationSynthesis(Stage):
         region = self.config.region
         if region is not None:
             totals = [value * math.prod(self.config.frame_size) for value in density.tolist()]
-            return [region.count(k.child("count"), size, self._reach(), n) for k, n in zip(keys, totals)]
+            return [
+                region.count(k.child("count"), size, self._reach(), n, self.config.frame_size)
+                for k, n in zip(keys, totals)
+            ]
         area = self._reached_area(size)
         frame_area, share = float(math.prod(size)), 0.0
         if min(self.config.frame_size) > 0:
@@ -243,7 +246,7 @@ class PopulationSynthesis(Stage):
             if axes == 3:
                 values |= self._values_3d(random, count, values["direction"])
             if self.config.region is not None:
-                ellipsoid = self.config.region.ellipsoid(random, size, self._reach(), count)
+                ellipsoid = self.config.region.ellipsoid(random, size, self._reach(), count, self.config.frame_size)
                 points = self.config.region.positions(random, ellipsoid, size, self._reach(), count * t)
                 noise["region"][row] = torch.from_numpy(ellipsoid)
                 values["position"] = points.reshape(count, t, 3)

@@ -24,9 +24,6 @@ NUM_WINDOWS = 32
 NUM_RINGS = 16
 """Steps of the distance from the middle in which the density of cells is told."""
 
-OVERHANG = 0.1
-"""Share of a canvas smaller than the region by which it may stick out of the region's box on either side."""
-
 FEWEST_CENTRES = 8
 """Cells below which their positions do not tell an ellipsoid."""
 
@@ -110,26 +107,38 @@ class Region:
         # The rings around the middle hold few cells: what is found there must not set the scale of all
         return np.asarray(np.minimum(density / density[NUM_RINGS // 4 :].max(), 1.0))
 
-    def count(self, key: SampleKey, size: Sequence[int], reach: Sequence[float], total: float) -> int:
-        """Cells seen on a canvas, the window of the region being random; one whole region holds `total` cells."""
+    def count(
+        self, key: SampleKey, size: Sequence[int], reach: Sequence[float], total: float, frame: Sequence[int]
+    ) -> int:
+        """Cells seen on a canvas, the window of the region being random; one whole region holds `total` cells.
+
+        `frame` (Z, Y, X) are the voxels of a real volume.
+        """
         random = key.numpy()
         nearest = np.argsort(np.abs(np.log(np.array(self.counts) / max(total, 1e-6))), kind="stable")
         row = nearest[random.integers(0, max(3, len(nearest) // 5)) % len(nearest)]
-        window = self._windows(random, np.array([row]), size)
+        window = self._windows(random, np.array([row]), size, frame)
         return int(np.floor(total * self._shares(window, size, reach)[0] + random.random()))
 
-    def ellipsoid(self, random: np.random.Generator, size: Sequence[int], reach: Sequence[float], count: int) -> Floats:
+    def ellipsoid(
+        self,
+        random: np.random.Generator,
+        size: Sequence[int],
+        reach: Sequence[float],
+        count: int,
+        frame: Sequence[int],
+    ) -> Floats:
         """Place of the region for a canvas which shows `count` cells, float64 [7, 3] (ZYX).
 
-        The canvas holds the whole region along the axes in which it is large enough; along the others it is a window of
-        it, at random among the positions within the region's box and a little beyond. Of some such draws, each a real
+        A canvas as large as a real volume (`frame`) holds the whole region; a smaller one is a window of the volume, anywhere
+        in it, with the region in its middle, as a crop of a real volume is. Of some such draws, each a real
         volume's ellipsoid turned by any angle in plane, the one is taken whose window holds most nearly `count` cells.
 
         Returns:
             Middle in voxels, matrix from the unit ball of the outermost cell centres to voxels, and its inverse.
         """
         rows = random.integers(0, len(self.counts), NUM_WINDOWS)
-        windows = self._windows(random, rows, size)
+        windows = self._windows(random, rows, size, frame)
         contents = np.array(self.counts)[rows] * self._shares(windows, size, reach)
         return np.asarray(windows[np.abs(np.log((contents + 1) / (count + 1))).argmin()])
 
@@ -177,7 +186,9 @@ class Region:
             distance[:, None] * np.stack([height, flat * np.sin(angle), flat * np.cos(angle)], axis=-1), np.float64
         )
 
-    def _windows(self, random: np.random.Generator, rows: NDArray[np.integer[Any]], size: Sequence[int]) -> Floats:
+    def _windows(
+        self, random: np.random.Generator, rows: NDArray[np.integer[Any]], size: Sequence[int], frame: Sequence[int]
+    ) -> Floats:
         """Ellipsoids [K, 7, 3] of these rows, turned by random angles and put at random places of a canvas."""
         axes = np.array(self.semi_axes)[rows]
         angle = random.random(len(rows)) * (2 * np.pi)
@@ -186,9 +197,9 @@ class Region:
         turn[:, 0, 0] = 1
         turn[:, 1, 1], turn[:, 1, 2], turn[:, 2, 1], turn[:, 2, 2] = cosine, -sine, sine, cosine
         half = np.sqrt(((turn * axes[:, None]) ** 2).sum(2))  # of the ellipsoid's box
-        canvas = np.asarray(size, np.float64)
-        overhang = np.where(canvas < 2 * half, OVERHANG * canvas, 0.0)
-        low, high = np.minimum(half, canvas - half) - overhang, np.maximum(half, canvas - half) + overhang
+        canvas, whole = np.asarray(size, np.float64), np.maximum(frame, 2 * half)
+        within = canvas >= whole
+        low, high = np.where(within, half, canvas - whole / 2), np.where(within, canvas - half, whole / 2)
         middle = low + random.random(half.shape) * (high - low) - 0.5
         return _pack(middle, axes * self.radii[-1], turn)
 

@@ -200,7 +200,9 @@ def fit(
     texture = learn(
         "texture",
         TextureDiffusion,
-        lambda s, path, say: recipes.fit_texture(crops, vae, source is not None, s, seed, path, say, device),
+        lambda s, path, say: recipes.fit_texture(
+            *(crops, vae, source is not None, s, seed, path, say, device), outlines=material.outlines
+        ),
     )
     border = texture.config
     notes = [f"light ends {border.outline_shift:.2f} px inside the outlines and is blurred by {border.blur:.2f} px"]

@@ -250,8 +250,14 @@ def fit_texture(
     checkpoint: Path,
     log: Log,
     device: str | torch.device = "cpu",
+    *,
+    outlines: CropSet | None = None,
 ) -> tuple[TextureDiffusion, LoopResult]:
-    """Train UNet and control branch together on the latents of a trained autoencoder (paper: both are learned)."""
+    """Train UNet and control branch together on the latents of a trained autoencoder (paper: both are learned).
+
+    The border is then set by `outlines`, by default by all crops: in volumes by those near the middle of their cell, as light
+    from above and below blurs the others.
+    """
     recipe = (ADAPT if adapt else SCRATCH)["texture"]
     stage = start.to(device)
     training, held_out = (part.to(device) for part in split_crops(crops, seed))
@@ -275,7 +281,7 @@ def fit_texture(
     modules = [stage.unet, stage.controlnet]
     result = train(modules, loss, validate, _loop_config(recipe, budget_s, seed, adapt), checkpoint, log)
     stage.eval()
-    border = fit_border(stage, crops.to(device), seed)
+    border = fit_border(stage, (outlines or crops).to(device), seed)
     stage.config = replace(stage.config, outline_shift=border.outline_shift, blur=border.blur)
     log(f"light ends {border.outline_shift:.2f} px inside the outline, blurred by {border.blur:.2f} px")
     # All crops, not only the few held out: one factor cannot over-fit, but ten cells are too few to measure it.
