@@ -65,6 +65,7 @@ from synthaug.generators.frame_fit import (
     measure_frame,
     modulation,
 )
+from synthaug.generators.ghosts import draw_ghosts, ghost_light
 from synthaug.generators.stage import Noise, Stage
 from synthaug.generators.volume_fit import (
     CLING_BLUR,
@@ -102,6 +103,8 @@ class BackgroundConfig:
         ndim: 2 for frames, 3 for stacks.
         read_noise: Of an electron-multiplying camera, in counts of one multiplied electron; 0 for Gaussian noise.
             Told apart in stacks only.
+        ghost_rate, ghost_contrast: Of stacks: dim blobs nobody annotated, for each cell, and their brightness over that of
+            cells; see `ghosts.py`.
     """
 
     integer: bool = True
@@ -109,6 +112,8 @@ class BackgroundConfig:
     bandwidth: float = 0.2
     ndim: int = 2
     read_noise: float = 0.0
+    ghost_rate: float = 0.0
+    ghost_contrast: float = 0.0
 
 
 class Background(Stage):
@@ -394,6 +399,8 @@ class Background(Stage):
             grids = {n: texture_grid_volume(size, (z, s, s)) for n, (z, s) in zip(VOLUME_TEXTURES, TEXTURE_BLURS)}
         for name, grid in grids.items():
             noise[name] = normal([k.child(name) for k in keys], (1, *grid))
+        if self.config.ghost_rate > 0:
+            noise |= draw_ghosts(keys, size)
         return {name: value.to(self.device) for name, value in noise.items()}
 
     def forward(
@@ -491,6 +498,9 @@ class Background(Stage):
         # Plane by plane and in place: large volumes leave the cache, and new memory for them costs more than the sums
         across = style["field_y"] * y[0, :, None] + style["field_x"] * x[0]
         base, lit = torch.empty_like(light, memory_format=torch.contiguous_format), self._through_optics(styles, light)
+        if self.config.ghost_rate > 0:
+            ghosts = ghost_light(lit, noise, self.config.ghost_rate, self.config.ghost_contrast)
+            lit += ghosts.sub_(ghosts.mean())  # on average their light is in the haze already
         for plane, height in zip(base[0, 0], z[0]):
             torch.add(across, style["field_z"] * height, out=plane)
             plane.add_(1).clamp_(min=0.2).mul_(style["level"])

@@ -17,6 +17,7 @@ from synthaug.errors import DataError, SynthAugError
 from synthaug.generators.axial import axial_extent, axial_sigma, expected_half_length
 from synthaug.generators.background import Background
 from synthaug.generators.cameras import VIEW_RADIUS
+from synthaug.generators.ghosts import fit_ghosts
 from synthaug.generators.population import PopulationSynthesis
 from synthaug.generators.slicing import Slicing, SlicingConfig, slices_needed
 from synthaug.generators.texture import TextureDiffusion
@@ -189,6 +190,10 @@ class Volumes(Frames):
         texture.config = replace(
             texture.config, rho=found.rho, slice_sigma=found.slice_sigma, axial_sigma=sigma, axial_extent=extent
         )
+        # The texture stage paints no light above and below a cell's outlines: what is seen there counts as a blob, too.
+        contrasts = background.table[:, background.names.index("brightness")].tolist()
+        rate, contrast = fit_ghosts(*self._apart(), contrasts)
+        background.config = replace(background.config, ghost_rate=rate, ghost_contrast=contrast)
         # Planes come blurred from the texture stage; the camera must not do it again.
         background.table[:, background.names.index("axial_sigma")] = 0
         alike = ["{:.2f} / {:.2f}".format(*s.correlation) for s in (found.real, found.synthetic, found.independent)]
@@ -198,6 +203,7 @@ class Volumes(Frames):
                 f"two apart {alike[0]} real, {alike[1]} synthetic, {alike[2]} with independent noise"
             ),
             f"axial blur of {sigma:.2f} planes; light {extent:.2f} times as long as masks",
+            (f"{rate:.2f} dim blobs a cell that nobody annotated, {contrast:.2f} times as bright as cells"),
         ]
 
     def _enlarged(self) -> Sequence[Pair]:

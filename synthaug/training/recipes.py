@@ -284,6 +284,9 @@ def fit_texture(
     border = fit_border(stage, (outlines or crops).to(device), seed)
     stage.config = replace(stage.config, outline_shift=border.outline_shift, blur=border.blur)
     log(f"light ends {border.outline_shift:.2f} px inside the outline, blurred by {border.blur:.2f} px")
+    if adapt and float(crops.scale.median()) < 1:
+        # Enlarged, the camera's noise is as coarse as texture, and would be measured with it.
+        return stage, result
     # All crops, not only the few held out: one factor cannot over-fit, but ten cells are too few to measure it.
     some = torch.randperm(len(crops), generator=SampleKey(seed, ("calibration",)).generator())[:96]
     stage.config = replace(stage.config, noise_scale=calibrate_contrast(stage, crops.select(some).to(device), seed))
