@@ -295,6 +295,9 @@ def experiment(
     ] = "4",
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions; three at least for a claim.")] = 3,
     segmenter: Annotated[str, typer.Option(help="monai or cellpose.")] = "monai",
+    also: Annotated[
+        Path | None, typer.Option(help="Another data set that all arms with real images train on: do they carry over?")
+    ] = None,
     start: Annotated[
         str, typer.Option("--from", help='Cascade to adapt, trained on ANOTHER data set, or "scratch".')
     ] = "nuclei-2d-u2os",
@@ -332,6 +335,7 @@ def experiment(
         ),
         seeds=seeds,
         segmenter=segmenter,
+        also=str(also) if also else None,
         start=start,
         fit_minutes=fit_minutes,
         prior=prior,

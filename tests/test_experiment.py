@@ -17,7 +17,7 @@ import torch
 from synthaug import cli
 from synthaug.cascade import Cascade
 from synthaug.errors import CheckpointError, InputError
-from synthaug.evaluation import experiment as module
+from synthaug.evaluation import experiment_run as module
 from synthaug.evaluation.annotations import choose_patches
 from synthaug.evaluation.copy_paste import CopyPaste
 from synthaug.evaluation.experiment import ExperimentConfig, run_experiment
@@ -81,7 +81,7 @@ def test_all_arms_of_frames(data: Path, tmp_path: Path, fits: list[dict[str, Any
     results = run_experiment(data / "real", data / "test", tmp_path / "out", config, log=lambda line: None)
     assert [r["arm"] for r in results] == list(arms)
     granted = choose_patches(
-        module._Task(str(data / "real"), "", "", config, "cpu").pairs(str(data / "real")), 1, (96, 96), 0
+        module.Task(str(data / "real"), "", "", config, "cpu").pairs(str(data / "real")), 1, (96, 96), 0
     )
     assert len(fits) == 1, "one cascade serves the arms of a budget and seed"
     for one, two in zip(fits[0]["pairs"], granted, strict=True):
@@ -101,8 +101,8 @@ def test_it_goes_on_where_it_was(data: Path, tmp_path: Path, fits: list[dict[str
     config = ExperimentConfig(arms=("real",), num_patches=(1,), **SMALL)
     first = run_experiment(data / "real", data / "test", tmp_path / "out", config, log=lambda line: None)
     trained = []
-    learn = module._learn
-    monkeypatch.setattr(module, "_learn", lambda task, run, *rest: trained.append(run.name) or learn(task, run, *rest))
+    learn = module.learn
+    monkeypatch.setattr(module, "learn", lambda task, run, *rest: trained.append(run.name) or learn(task, run, *rest))
     more = ExperimentConfig(arms=("real", "synthetic"), num_patches=(1, 2), **SMALL)
     second = run_experiment(data / "real", data / "test", tmp_path / "out", more, log=lambda line: None)
     assert trained == ["real-2-0", "synthetic-1-0", "synthetic-2-0"]
@@ -111,6 +111,24 @@ def test_it_goes_on_where_it_was(data: Path, tmp_path: Path, fits: list[dict[str
     other = ExperimentConfig(arms=("real",), num_patches=(1,), **{**SMALL, "steps": 3})
     with pytest.raises(CheckpointError, match="steps 2"):
         run_experiment(data / "real", data / "test", tmp_path / "out", other, log=lambda line: None)
+
+
+def test_another_data_set_is_mixed_in(data: Path, tmp_path: Path, fits: list[dict[str, Any]]) -> None:
+    also = tmp_path / "also"
+    write(also, [ellipse_frame(20 + seed, (120, 120)) for seed in range(4)])
+    config = ExperimentConfig(arms=("real", "both"), num_patches=(2,), also=str(also), **SMALL)
+    task = module.Task(str(data / "real"), str(data / "test"), "", config, "cpu")
+    granted = task.annotated(2, 0)
+    shapes = [image.shape for image, _ in task.trained_on(granted)]
+    assert shapes == [(120, 120)] * 4 + [(96, 96)] * 4, "half of what is drawn are the annotations granted"
+    results = run_experiment(data / "real", data / "test", tmp_path / "out", config, log=lambda line: None)
+    assert [len(asked["pairs"]) for asked in fits] == [2], "the cascade sees the annotations granted alone"
+    assert [r["num_cells"] for r in results] == [sum(int(labels.max()) for _, labels in granted)] * 2
+    alone = ExperimentConfig(arms=("real",), num_patches=(2,), **SMALL)
+    without = run_experiment(data / "real", data / "test", tmp_path / "alone", alone, log=lambda line: None)
+    assert without[0]["loss"] != results[0]["loss"]
+    with pytest.raises(InputError, match="frames"):
+        ExperimentConfig(arms=("real",), also=str(also), size=(16, 48, 48), crop=(48, 48))
 
 
 def test_the_same_run_twice_and_side_by_side(data: Path, tmp_path: Path) -> None:
