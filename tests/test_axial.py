@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -136,6 +138,13 @@ def test_few_outlines_are_pulled_towards_where_a_tenth_of_the_light_is_left():
     assert mask_half_length(at_middle * 500) == pytest.approx(0.5)
     assert expected_half_length(at_middle[:2]) == 0.0
     assert shrink(3.0, 5, 0.0) == 3.0
+
+
+def test_a_single_plane_tells_no_attenuation():
+    apart = [Section(plane, 8.0 + i, 4.0, 2.0, 100.0 * 1.2**i, 80.0, 7.0) for i, plane in enumerate([10] * 8)]
+    assert fit_attenuation(apart) == (0.0, np.inf)
+    two = [replace(s, plane=8 + 4 * (i % 2)) for i, s in enumerate(apart)]
+    assert fit_attenuation(two)[0] == pytest.approx(-np.log(1.2), abs=0.01)
 
 
 def test_attenuation_is_shared_where_volumes_do_not_differ():
