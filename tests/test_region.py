@@ -65,6 +65,16 @@ def test_fit_from_centres_alone_leaves_out_volumes_with_few() -> None:
     assert Region.fit([SIZE] * 10, [c[:3] for c in centres], [30] * 10) is None
 
 
+def test_light_alone_tells_the_ellipsoid_of_a_single_annotated_plane() -> None:
+    covariance = np.diag([12.0, 50.0, 40.0]) ** 2 / 5
+    region = Region.fit([SIZE], [np.array([[20.0, 60.0, 60.0]] * 3)], [12], [(np.array(SIZE) / 2, covariance)])
+    assert region is not None
+    assert region.semi_axes[0] == pytest.approx((12, 50, 40), rel=0.01)
+    assert np.array(region.radii) ** 3 == pytest.approx((np.arange(32) + 0.5) / 32, abs=1e-3)  # a ball, evenly filled
+    everywhere = np.diag(np.array(SIZE, float)) ** 2 / 12
+    assert Region.fit([SIZE], [np.zeros((0, 3))], [12], [(np.array(SIZE) / 2, everywhere)]) is None
+
+
 def test_cells_all_over_the_volume_are_not_confined() -> None:
     everywhere = [SampleKey(i).numpy().random((30, 3)) * SIZE for i in range(5)]
     assert Region.fit([SIZE] * 5, everywhere, [30] * 5) is None

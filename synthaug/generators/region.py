@@ -87,9 +87,16 @@ class Region:
             away = (points - np.asarray(middle, np.float64)) @ turn
             radii.append(np.sqrt(((away / axes) ** 2).sum(1)))
             shares.append(np.prod(2 * np.array(axes) / np.asarray(size, np.float64)))
-        if sum(len(r) for r in radii) < FEWEST_CENTRES or np.median(shares) >= 1:
+        levels = (np.arange(32) + 0.5) / 32
+        if not shares or np.median(shares) >= 1:
             return None
-        quantiles = np.quantile(np.concatenate(radii), (np.arange(32) + 0.5) / 32)
+        if sum(len(r) for r in radii) >= FEWEST_CENTRES:
+            quantiles = np.quantile(np.concatenate(radii), levels)
+        elif moments is not None:
+            # Where the light is says where the cells are; how they lie in there, too few tell: evenly.
+            quantiles = levels ** (1 / 3)
+        else:
+            return None
         # Equal distances (of a volume that came twice, say) would make a ring without width
         quantiles = np.maximum(quantiles, 1e-3) + 1e-6 * np.arange(len(quantiles))
         return cls(
