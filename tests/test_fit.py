@@ -84,7 +84,7 @@ def test_a_kill_between_stages_loses_nothing(fitted, tmp_path, monkeypatch):
     _, start, _ = fitted
     out = tmp_path / "killed"
 
-    def killed(*arguments):
+    def killed(*arguments, **settings):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

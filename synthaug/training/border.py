@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from synthaug.datasets.crops import CropSet
-from synthaug.generators.camera import gaussian_blur
 from synthaug.generators.texture import TextureDiffusion
 from synthaug.randomness import SampleKey
 from synthaug.types import CellMasks
@@ -59,13 +59,19 @@ def border_profile(image: Tensor, sdf: Tensor) -> np.ndarray:
         image: float32 [N, S, S], mean 1 inside.
         sdf: float32 [N, S, S].
     """
-    rows = []
-    for d in DISTANCES:
-        near = (sdf > d - 0.5) & (sdf <= d + 0.5)
-        num = near.flatten(1).sum(1)
-        mean = (image * near).flatten(1).sum(1) / num.clamp_min(1)
-        rows.append(float(mean[num > 0].median()) if bool((num > 0).any()) else np.nan)
-    return np.asarray(rows)
+    return _profile(image.cpu().numpy(), _rings(sdf.cpu().numpy()))
+
+
+def _rings(sdf: np.ndarray) -> np.ndarray:
+    """Weights float32 [N, 12, S * S] that give the mean at each distance; all 0 where a cell has no pixel there."""
+    near = np.stack([(sdf > d - 0.5) & (sdf <= d + 0.5) for d in DISTANCES], 1).reshape(len(sdf), len(DISTANCES), -1)
+    return (near / np.maximum(near.sum(2, keepdims=True), 1)).astype(np.float32)
+
+
+def _profile(image: np.ndarray, rings: np.ndarray) -> np.ndarray:
+    means = (rings @ image.reshape(len(image), -1, 1))[..., 0]
+    there = rings.max(2) > 0
+    return np.array([np.median(m[t]) if t.any() else np.nan for m, t in zip(means.T, there.T)], np.float64)
 
 
 @torch.no_grad()
@@ -81,17 +87,18 @@ def fit_border(stage: TextureDiffusion, crops: CropSet, seed: int) -> BorderFit:
     some = crops.select(order)
     masks = CellMasks(sdf=some.sdf, brightness=some.brightness, scale=some.scale)
     noise = stage.draw([SampleKey(seed, ("border", i)) for i in range(len(some))])
-    real = border_profile(some.image, some.sdf)
+    rings, inside = _rings(some.sdf.cpu().numpy()), (some.sdf < 0).cpu().numpy()
+    real = _profile(some.image.cpu().numpy(), rings)
     plain, profiles = stage.config, np.zeros((len(SHIFTS), len(BLURS), len(real)))
-    inside = some.sdf < 0
     try:
         for i, shift in enumerate(SHIFTS):
             stage.config = replace(plain, outline_shift=shift, blur=0.0)
-            painted = stage(masks, noise).image
+            painted = stage(masks, noise).image[:, 0].cpu().numpy()
             for j, blur in enumerate(BLURS):
-                image = gaussian_blur(painted, blur)[:, 0] if blur else painted[:, 0]
-                mean = (image * inside).flatten(1).sum(1) / inside.flatten(1).sum(1)
-                profiles[i, j] = border_profile(image / mean[:, None, None], some.sdf)
+                # As `gaussian_blur` does it, ten times as fast.
+                image = ndimage.gaussian_filter(painted, (0, blur, blur), truncate=3)
+                mean = image.mean((1, 2), where=inside)
+                profiles[i, j] = _profile(image / mean[:, None, None], rings)
     finally:
         stage.config = plain
     found = []
