@@ -11,8 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from results import write_result
+
+from synthaug.evaluation.experiment_report import summary
 
 LEFT_OUT = ("loss", "ap_at")
 
@@ -27,22 +28,14 @@ def main() -> None:
     runs: list[dict[str, Any]] = [
         json.loads(path.read_text()) for path in sorted((options.out / "runs").glob("*.json"))
     ]
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for run in runs:
-        groups.setdefault(f"{run['arm']} {run['budget']}", []).append(run)
-    summary = {
-        name: {
-            "seeds": [run["seed"] for run in group],
-            **{
-                score: [
-                    round(float(f([run[score] for run in group])), 4) for f in (np.mean, lambda v: np.std(v, ddof=1))
-                ]
-                if len(group) > 1
-                else [round(group[0][score], 4)]
-                for score in ("seg", "ap50")
-            },
+    scores = {score: summary(runs, score) for score in ("seg", "ap50")}
+    table = {
+        f"{arm} {budget}": {
+            "seeds": [run["seed"] for run in runs if (run["arm"], run["budget"]) == (arm, budget)],
+            # of one seed there is no spread
+            **{score: [round(v, 4) for v in cells[arm, budget][: min(num, 2)]] for score, cells in scores.items()},
         }
-        for name, group in groups.items()
+        for (arm, budget), (_, _, num) in scores["seg"].items()
     }
     rows = [
         {k: round(v, 4) if isinstance(v, float) else v for k, v in run.items() if k not in LEFT_OUT} for run in runs
@@ -50,7 +43,7 @@ def main() -> None:
     experiment = json.loads((options.out / "experiment.json").read_text())
     write_result(
         f"experiment_{options.name}",
-        {"note": options.note, "experiment": experiment, "mean_and_sd": summary, "runs": rows},
+        {"note": options.note, "experiment": experiment, "mean_and_sd": table, "runs": rows},
     )
 
 

@@ -101,8 +101,8 @@ def test_it_goes_on_where_it_was(data: Path, tmp_path: Path, fits: list[dict[str
     config = ExperimentConfig(arms=("real",), num_patches=(1,), **SMALL)
     first = run_experiment(data / "real", data / "test", tmp_path / "out", config, log=lambda line: None)
     trained = []
-    learn = module.learn
-    monkeypatch.setattr(module, "learn", lambda task, run, *rest: trained.append(run.name) or learn(task, run, *rest))
+    learn = module._learn
+    monkeypatch.setattr(module, "_learn", lambda task, run, *rest: trained.append(run.name) or learn(task, run, *rest))
     more = ExperimentConfig(arms=("real", "synthetic"), num_patches=(1, 2), **SMALL)
     second = run_experiment(data / "real", data / "test", tmp_path / "out", more, log=lambda line: None)
     assert trained == ["real-2-0", "synthetic-1-0", "synthetic-2-0"]

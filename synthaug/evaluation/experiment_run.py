@@ -23,6 +23,7 @@ from synthaug.evaluation.annotations import Pair, choose_patches, choose_planes,
 from synthaug.evaluation.augment import AugmentConfig, training_batch
 from synthaug.evaluation.copy_paste import CopyPaste
 from synthaug.evaluation.experiment_config import NEED_CASCADE, ExperimentConfig, Run
+from synthaug.evaluation.instances import volume_instances, without_small
 from synthaug.evaluation.linking import link_planes
 from synthaug.evaluation.metrics import SegmentationScores, segmentation_scores
 from synthaug.evaluation.segmenter import TrainingReport, build_segmenter, predict_instances, train_segmenter
@@ -99,7 +100,7 @@ def fit_cascade(task: Task, name: str, log: Log = lambda line: None) -> None:
     )
 
 
-def generator(task: Task, run: Run, annotated: Sequence[Pair]) -> Any:
+def _generator(task: Task, run: Run, annotated: Sequence[Pair]) -> Any:
     """What makes the synthetic samples of a run."""
     config = task.config
     if run.arm not in NEED_CASCADE:
@@ -126,7 +127,7 @@ def train_arm(task: Task, run: Run, log: Log = lambda line: None) -> dict[str, A
     ratio = {"synthetic": 1.0, "both": config.ratio, "real+copy-paste": config.ratio}.get(run.arm, 0.0)
     size = config.size[-2:] if run.arm == "real-2d" else config.size
     stream = SynthDataset(
-        generator(task, run, annotated),
+        _generator(task, run, annotated),
         size=size,
         batch_size=config.batch_size,
         real=task.trained_on(annotated) if ratio < 1 else None,
@@ -136,22 +137,22 @@ def train_arm(task: Task, run: Run, log: Log = lambda line: None) -> dict[str, A
         num_lanes=1,  # one process makes all batches
         num_batches=config.steps,
     )
-    model, report, stats = learn(task, run, stream, log)
-    predicted = [predict(task, run, model, image) for image, _ in test]
+    model, report, stats = _learn(task, run, stream, log)
+    predicted = [_predict(task, run, model, image) for image, _ in test]
     scores = segmentation_scores(predicted, [labels for _, labels in test])
-    result = record(run, scores, report, stats, annotated, time.perf_counter() - begun)
+    result = _record(run, scores, report, stats, annotated, time.perf_counter() - begun)
     save_tensors(folder / f"{run.name}.safetensors", {k: v.cpu() for k, v in model.state_dict().items()})
-    keep_pictures(folder / f"{run.name}.npz", predicted)
+    _keep_pictures(folder / f"{run.name}.npz", predicted)
     write_atomic(folder / f"{run.name}.json", (json.dumps(result, indent=1) + "\n").encode())
     return result
 
 
-def learn(task: Task, run: Run, stream: SynthDataset, log: Log) -> tuple[nn.Module, TrainingReport, dict[str, Any]]:
+def _learn(task: Task, run: Run, stream: SynthDataset, log: Log) -> tuple[nn.Module, TrainingReport, dict[str, Any]]:
     """The trained segmenter, how it went, and what the stream did."""
     config = task.config
     if config.segmenter == "cellpose":
-        return learn_cellpose(task, run, stream, log)
-    model = build(config, run)
+        return _learn_cellpose(task, run, stream, log)
+    model = _build(config, run)
     if config.pretrained:
         from safetensors.torch import load_file
 
@@ -174,10 +175,10 @@ def learn(task: Task, run: Run, stream: SynthDataset, log: Log) -> tuple[nn.Modu
         learning_rate=config.learning_rate,
         log=lambda line: log(f"{run.name}: {line}"),
     )
-    return model, report, close(stream)
+    return model, report, _close(stream)
 
 
-def learn_cellpose(
+def _learn_cellpose(
     task: Task, run: Run, stream: SynthDataset, log: Log
 ) -> tuple[nn.Module, TrainingReport, dict[str, Any]]:
     """The same with Cellpose's own network, training and augmentation."""
@@ -195,10 +196,10 @@ def learn_cellpose(
         log=lambda line: log(f"{run.name}: {line}"),
         **settings,
     )
-    return model, report, close(stream)
+    return model, report, _close(stream)
 
 
-def close(stream: SynthDataset) -> dict[str, Any]:
+def _close(stream: SynthDataset) -> dict[str, Any]:
     """What the stream has made; it is of no further use."""
     made = stream.stats()
     stream.close()
@@ -210,7 +211,7 @@ def close(stream: SynthDataset) -> dict[str, Any]:
     }
 
 
-def build(config: ExperimentConfig, run: Run) -> nn.Module:
+def _build(config: ExperimentConfig, run: Run) -> nn.Module:
     if config.ndim == 2 or run.arm == "real-2d":
         return build_segmenter(run.seed)
     from synthaug.evaluation.train_monai_3d import build_network
@@ -218,7 +219,7 @@ def build(config: ExperimentConfig, run: Run) -> nn.Module:
     return build_network(run.seed)
 
 
-def predict(task: Task, run: Run, model: nn.Module, image: NDArray[np.float32]) -> NDArray[np.int32]:
+def _predict(task: Task, run: Run, model: nn.Module, image: NDArray[np.float32]) -> NDArray[np.int32]:
     """Instances of one held-out image."""
     config = task.config
     if config.segmenter == "cellpose":
@@ -229,17 +230,14 @@ def predict(task: Task, run: Run, model: nn.Module, image: NDArray[np.float32]) 
         return predict_instances(model, image, min_area=config.min_area)
     if run.arm == "real-2d":
         volume = link_planes([predict_instances(model, plane, min_area=1) for plane in image])
-        small = np.bincount(volume.ravel()) < config.min_area
-        volume[small[volume]] = 0
-        return volume
+        return without_small(volume, config.min_area)
     from synthaug.evaluation import train_monai_3d
-    from synthaug.evaluation.instances import volume_instances
 
     window = (config.size[0], *config.crop)
     return volume_instances(train_monai_3d.predict(model, image, window), config.min_area, config.voxel_size_um)
 
 
-def record(
+def _record(
     run: Run,
     scores: SegmentationScores,
     report: TrainingReport,
@@ -270,7 +268,7 @@ def record(
     }
 
 
-def keep_pictures(path: Path, predicted: Sequence[NDArray[np.int32]]) -> None:
+def _keep_pictures(path: Path, predicted: Sequence[NDArray[np.int32]]) -> None:
     """The predictions of some held-out images (of volumes their middle planes), named by their numbers."""
     chosen = np.unique(np.linspace(0, len(predicted) - 1, PICTURES).astype(int)).tolist()
     planes = {str(i): predicted[i] if predicted[i].ndim == 2 else predicted[i][len(predicted[i]) // 2] for i in chosen}

@@ -21,6 +21,12 @@ SMOOTH = 1.0
 """Width in pixels of the blur of the distance: an interior's rough outline makes maxima that mean nothing."""
 
 
+def without_small(labels: NDArray[np.int32], least: float) -> NDArray[np.int32]:
+    """Labels >= 0 of any shape, those of fewer than `least` pixels 0; the others keep their ids."""
+    small = np.bincount(labels.ravel()) < least
+    return np.where(small[labels], 0, labels).astype(labels.dtype)
+
+
 def instances_from_probabilities(
     probabilities: NDArray[np.floating[Any]], min_area: int = MIN_AREA
 ) -> NDArray[np.int32]:
@@ -38,11 +44,8 @@ def instances_from_probabilities(
     interior = probabilities[INTERIOR]
     seeds, _ = ndimage.label(interior > 0.5)
     # Specks of interior lie on doubtful borders; the smallest cell worth keeping has a larger one.
-    specks = np.bincount(seeds.ravel()) < min_area / 4
-    seeds[specks[seeds]] = 0
-    labels = watershed(-interior, seeds, mask=probabilities[BACKGROUND] < 0.5)
-    small = np.bincount(labels.ravel()) < min_area
-    labels[small[labels]] = 0
+    seeds = without_small(seeds, min_area / 4)
+    labels = without_small(watershed(-interior, seeds, mask=probabilities[BACKGROUND] < 0.5), min_area)
     out: NDArray[np.int32] = relabel_sequential(labels)[0].astype(np.int32)
     return out
 
@@ -78,8 +81,6 @@ def volume_instances(
     deep = np.bincount(whole[maxima], minlength=num + 1) > 0
     large = np.bincount(whole.ravel(), minlength=num + 1) >= min_voxels / 4
     seeds, _ = ndimage.label(maxima | (interior & (large & ~deep)[whole]), np.ones((3, 3, 3)))
-    labels = watershed(-distance, seeds, mask=probabilities[BACKGROUND] < 0.5)
-    small = np.bincount(labels.ravel()) < min_voxels
-    labels[small[labels]] = 0
+    labels = without_small(watershed(-distance, seeds, mask=probabilities[BACKGROUND] < 0.5), min_voxels)
     out: NDArray[np.int32] = relabel_sequential(labels)[0].astype(np.int32)
     return out

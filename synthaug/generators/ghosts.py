@@ -18,8 +18,8 @@ from torch import Tensor
 from synthaug.generators.axial import blur_axis
 from synthaug.generators.camera import mirror_index
 from synthaug.generators.stage import Noise
+from synthaug.generators.volume_fit import annotated_planes
 from synthaug.randomness import SampleKey, normal, uniform
-from synthaug.types import UNLABELLED
 
 PITCH = (8, 24, 24)
 """Voxels (Z, Y, X) between the nodes of the field that says which of the cells appear, about the size of one."""
@@ -72,9 +72,7 @@ def ghost_light(lit: Tensor, noise: Noise, rate: float, contrast: float) -> Tens
     for axis, sigma in zip((2, 3, 4), BLUR):
         copy = blur_axis(copy.contiguous(), sigma, axis)
     there = torch.special.ndtr(noise["ghost_which"]) < NODES_A_BLOB * rate
-    field = torch.where(
-        there, contrast * torch.exp(SPREAD * noise["ghost_bright"]), torch.zeros_like(noise["ghost_bright"])
-    )
+    field = torch.where(there, contrast * torch.exp(SPREAD * noise["ghost_bright"]), 0.0)
     whole = [(n - 1) * p + 1 for n, p in zip(field.shape[2:], PITCH)]
     field = torch.nn.functional.interpolate(field, size=whole, mode="trilinear", align_corners=True)
     return copy * field[:, :, : lit.shape[2], : lit.shape[3], : lit.shape[4]].clamp(max=MOST)
@@ -97,21 +95,24 @@ def fit_ghosts(
     for volume, own, contrast in zip(volumes, labels, contrasts):
         if not contrast > 0:
             continue
-        for z in np.flatnonzero(~(own == UNLABELLED).any((1, 2))):
-            near = np.asarray(volume[max(z - 1, 0) : z + 2], np.float64).mean(0)
-            smooth = ndimage.gaussian_filter(near, 1.5)
-            free = ndimage.distance_transform_edt(own[z] <= 0) > CLEAR
+        for z in annotated_planes(own):
             outlines += len(np.unique(own[z][own[z] > 0]))
-            if not free.any():
-                continue
-            # The slow course of what is free: light of cells does not reach into it.
-            weight = np.maximum(ndimage.gaussian_filter(free.astype(np.float64), 8.0), 1e-3)
-            slow = ndimage.gaussian_filter(np.where(free, smooth, 0.0), 8.0) / weight
-            relative = np.where(free, smooth - slow, 0.0) / contrast
-            parts, num = ndimage.label(relative > LEAST)
-            if num:
-                area = np.bincount(parts.ravel(), minlength=num + 1)[1:]
-                peaks = np.asarray(ndimage.maximum(relative, parts, range(1, num + 1)))
-                found += peaks[(area >= LEAST_AREA) & (peaks < MOST)].tolist()
+            plane = np.asarray(volume[max(z - 1, 0) : z + 2], np.float64).mean(0)
+            found += _blobs(plane, own[z], contrast)
     blobs, among, usual = PRIOR
     return min((len(found) + blobs) / (outlines + among), 1.0), float(np.median([*found, usual, usual]))
+
+
+def _blobs(plane: NDArray[np.float64], labels: NDArray[np.int32], contrast: float) -> list[float]:
+    """Contrasts of the blobs beside the outlines of one plane [Y, X], over that of its cells."""
+    free = ndimage.distance_transform_edt(labels <= 0) > CLEAR
+    smooth = ndimage.gaussian_filter(plane, 1.5)
+    # The slow course of what is free: light of cells does not reach into it.
+    weight = np.maximum(ndimage.gaussian_filter(free.astype(np.float64), 8.0), 1e-3)
+    slow = ndimage.gaussian_filter(np.where(free, smooth, 0.0), 8.0) / weight
+    relative = np.where(free, smooth - slow, 0.0) / contrast
+    parts, num = ndimage.label(relative > LEAST)
+    area = np.bincount(parts.ravel(), minlength=num + 1)[1:]
+    peaks = np.asarray(ndimage.maximum(relative, parts, range(1, num + 1)))
+    kept: list[float] = peaks[(area >= LEAST_AREA) & (peaks < MOST)].tolist()
+    return kept

@@ -281,7 +281,7 @@ def fit_texture(
     modules = [stage.unet, stage.controlnet]
     result = train(modules, loss, validate, _loop_config(recipe, budget_s, seed, adapt), checkpoint, log)
     stage.eval()
-    border = fit_border(stage, (outlines or crops).to(device), seed)
+    border = fit_border(stage, (crops if outlines is None else outlines).to(device), seed)
     stage.config = replace(stage.config, outline_shift=border.outline_shift, blur=border.blur)
     log(f"light ends {border.outline_shift:.2f} px inside the outline, blurred by {border.blur:.2f} px")
     if adapt and float(crops.scale.median()) < 1:
