@@ -25,7 +25,7 @@ def main() -> None:
     """Time all sizes in turns and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cascade", nargs="?", default="nuclei-3d")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     torch.set_num_threads(1)
     cascade = Cascade.from_pretrained(options.cascade)
