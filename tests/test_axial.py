@@ -131,6 +131,14 @@ def test_annotated_length_comes_from_where_outlines_lie_in_their_cells():
     assert 0 < error < 0.05
 
 
+def test_blur_is_told_by_outlines_near_the_ends_where_no_others_are():
+    """One annotated plane: cells came out with sharp ends, and networks cut real ones off there."""
+    near, far = Section(10, 10.0, 4.0, 1.0, 100.0, 100.0, 7.0), Section(10, 14.5, 4.0, 2.0, 100.0, 60.0, 7.0)
+    assert axial_sigma([near] * 3 + [far] * 9) == 1.0
+    assert axial_sigma([near] * 2 + [far] * 9) == 2.0
+    assert axial_sigma([far] * 2) == 0.0
+
+
 def test_few_outlines_are_pulled_towards_where_a_tenth_of_the_light_is_left():
     at_middle = [Section(10, 10.0, 4.0, 2.0, 100.0, 100.0, 7.0)] * 4  # by chance
     assert expected_half_length(at_middle) == pytest.approx(4.0 + 1.28 * 2.0)

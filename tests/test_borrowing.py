@@ -12,7 +12,16 @@ from synthaug.errors import InputError
 from synthaug.generators.background import Background
 from synthaug.generators.population import PopulationSynthesis
 from synthaug.randomness import SampleKey
-from synthaug.training.borrowing import ENOUGH, PRIOR_FRAMES, borrow_clustering, borrow_spread, borrow_styles
+from synthaug.training.borrowing import (
+    BRIGHT_RATE,
+    EMPTY,
+    ENOUGH,
+    LEAST_SPREAD,
+    PRIOR_FRAMES,
+    borrow_placement,
+    borrow_spread,
+    borrow_styles,
+)
 from tests.shapes import ellipse_frame, ellipsoid_volume
 
 
@@ -46,23 +55,56 @@ def test_one_frame_takes_the_variety_of_another_data_set() -> None:
     borrow_styles(background, source)
     assert torch.isfinite(background.table).all()
     share = float((background.table == alone).all(1).float().mean())
-    assert share == pytest.approx(1 / (1 + PRIOR_FRAMES), abs=0.02)
+    assert share == pytest.approx((1 - EMPTY) / (1 + PRIOR_FRAMES), abs=0.02)
     styles = background.draw_styles([SampleKey(0, ("frame", i)) for i in range(300)])
+    seen = styles["density"] > 0
     for name in ("level", "brightness", "density"):
         column = background.names.index(name)
-        own, drawn = alone[0, column].log(), styles[name].log()
+        own, drawn = alone[0, column].log(), styles[name][seen].log()
         assert float(drawn.mean()) == pytest.approx(float(own), abs=0.15)
         there = source.table[source.table[:, column] > 0, column].log()
         assert 0.4 * float(there.std()) < float(drawn.std()) < 1.3 * float(there.std())
     assert set(styles["height"].tolist()) == {160.0}
 
 
-def test_one_frame_does_not_tell_how_cells_cluster() -> None:
+def test_few_frames_are_joined_by_empty_and_by_crowded_ones() -> None:
+    """Also where those of the other data set are all alike."""
+    background, source = (
+        Background.fit(*([x] for x in ellipse_frame(0))),
+        Cascade.from_pretrained("nuclei-2d").background,
+    )
+    density = background.names.index("density")
+    source.table[:, density] = source.table[:, density].median() * torch.linspace(0.9, 1.1, len(source.table))
+    own = float(background.table[0, density])
+    borrow_styles(background, source)
+    told = background.table[:, density]
+    assert float((told == 0).float().mean()) == pytest.approx(EMPTY, abs=0.01)
+    borrowed = told[(told > 0) & (told != own)]
+    assert float(borrowed.log().std(correction=0)) == pytest.approx(LEAST_SPREAD, rel=0.05)
+    assert background.table[told == 0].isfinite().all()
+
+
+def test_one_frame_does_not_tell_how_cells_lie() -> None:
     source = Cascade.from_pretrained("nuclei-2d").population
     for num, low, high in ((1, 0.3, 0.35), (1000, 0.99, 1.0)):
-        population = PopulationSynthesis(replace(source.config, clustering=1.0))
-        borrow_clustering(population, source, num)
-        assert low < population.config.clustering < high
+        far = PopulationSynthesis(
+            replace(source.config, clustering=1.0, gaps=(9,), clearance=source.config.clearance + 10)
+        )
+        borrow_placement(far, source, num)
+        config, weight = far.config, num / (num + PRIOR_FRAMES)
+        assert low < config.clustering < high
+        assert list(config.gaps) == sorted(config.gaps)
+        share = sum(gap == 9 for gap in config.gaps) / len(config.gaps)
+        assert share == pytest.approx(weight, abs=0.04)
+        assert config.clearance == pytest.approx(source.config.clearance + 10 * weight, abs=0.51)
+        assert config.bright_rate == pytest.approx(BRIGHT_RATE * (1 - weight))
+
+
+def test_gaps_are_borrowed_for_the_size_of_the_own_cells() -> None:
+    source = PopulationSynthesis(replace(Cascade.from_pretrained("nuclei-2d").population.config, gaps=(4,)))
+    larger = PopulationSynthesis(replace(source.config, gaps=(0,), reach=3 * source.config.reach))
+    borrow_placement(larger, source, 4)
+    assert set(larger.config.gaps) == {0, 12}
 
 
 def test_frames_do_not_borrow_from_volumes() -> None:

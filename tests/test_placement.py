@@ -23,8 +23,9 @@ def candidates(
     *,
     seed: int = 0,
     occupied: bool = False,
+    press: int = 0,
 ) -> list[Any]:
-    """Arguments of `place_cells`: ellipses (with specks beside them), half of them clustered."""
+    """Arguments of `place_cells`: ellipses (with specks beside them), half of them clustered; gaps down to -`press`."""
     random, n = np.random.default_rng(seed), sum(counts)
     y, x = np.mgrid[:side, :side] - (side - 1) / 2
     masks = np.zeros((n, side, side), bool)
@@ -43,7 +44,7 @@ def candidates(
         torch.tensor(counts, dtype=torch.int64),
         torch.from_numpy(random.random((n, tries, 2), dtype=np.float32)),
         torch.from_numpy(np.stack([np.sin(direction), np.cos(direction)], -1).astype(np.float32)),
-        torch.from_numpy(random.integers(0, 4, (n, tries)) * random.integers(0, 2, (n, tries))),
+        torch.from_numpy(random.integers(-press, 4, (n, tries)) * random.integers(0, 2, (n, tries))),
         torch.from_numpy(random.integers(0, 6, (n, tries)) * random.integers(0, 2, (n, tries))),
         torch.from_numpy(random.random(n) < 0.5),
         torch.from_numpy(old),
@@ -59,6 +60,11 @@ AWKWARD: dict[str, tuple[dict[str, Any], int]] = {
     "canvas smaller than a cell": ({"counts": [4], "side": 32, "tries": 30, "size": (5, 9), "radii": (8, 15)}, 3),
     "canvas of one pixel": ({"counts": [3], "side": 9, "tries": 10, "size": (1, 1), "radii": (1, 4)}, 1),
     "one row": ({"counts": [9], "side": 12, "tries": 10, "size": (1, 64), "radii": (1, 6)}, 2),
+    "300 cells pressed together": (
+        {"counts": [300], "side": 24, "tries": 6, "size": (96, 96), "occupied": True, "press": 9},
+        12,
+    ),
+    "small canvas, pressed": ({"counts": [9], "side": 24, "tries": 30, "size": (24, 30), "press": 7}, 3),
     "no try": ({"counts": [2], "side": 12, "tries": 0, "size": (32, 32)}, 1),
 }
 
@@ -73,6 +79,37 @@ def test_the_kernel_gives_the_bits_of_the_reference(name: str) -> None:
         expected_labels, expected_corners = place_cells_reference(*inputs)
         assert torch.equal(labels, expected_labels)
         assert torch.equal(corners, expected_corners)
+
+
+def test_pressed_cells_share_an_edge_and_keep_most_of_themselves() -> None:
+    y, x = np.mgrid[:41, :41] - 20
+    disc = torch.from_numpy(np.hypot(y, x) <= 12)
+    inputs = candidates([2], 41, 40, (120, 120))
+    inputs[0] = disc.expand(2, -1, -1)
+    inputs[2][0, 0] = 0.5  # the first one in the middle
+    inputs[6] = torch.tensor([False, True])
+    shared, areas = {}, {}
+    for gap in (0, -3, -6, -30):
+        inputs[4] = torch.full_like(inputs[4], gap)
+        frame = place_cells(*inputs, 10)[0][0].numpy()
+        assert sorted(np.unique(frame)) == [0, 1, 2]
+        pairs = [frame[1:] * frame[:-1], frame[:, 1:] * frame[:, :-1]]
+        shared[gap], areas[gap] = sum(int((p == 2).sum()) for p in pairs), int((frame == 2).sum())
+        assert int((frame == 1).sum()) == int(disc.sum()), "the first cell keeps every pixel"
+    # Discs of radius 12 that overlap by 3 and 6 pixels: chords of 11 and 16, up to 1.4 times as many edges of pixels.
+    assert shared[0] <= 6 < 11 <= shared[-3] < shared[-6] < 26
+    assert areas[0] > areas[-3] > areas[-6] >= 0.7 * areas[0]
+    assert (shared[-30], areas[-30]) == (shared[0], areas[0]), "too much: placed beside it"
+
+
+def test_cells_that_are_there_already_are_not_pressed_against() -> None:
+    inputs = candidates([30], 24, 20, (60, 60), press=8)
+    inputs[7][0, 20:40, 20:40] = 1
+    alone = [t.clone() for t in inputs]
+    alone[4] = alone[4].clamp(min=0)
+    alone[6][:] = inputs[6][:] = True
+    first = [place_cells(*x, 10)[1][0].tolist() for x in (inputs, alone)]
+    assert first[0] == first[1]
 
 
 @pytest.mark.parametrize("occupied", [False, True])
@@ -155,7 +192,7 @@ def test_the_op_is_registered_properly() -> None:
     torch.library.opcheck(place_cells, (*candidates([5, 7], 16, 6, (40, 40)), 3))
 
 
-@pytest.mark.parametrize(("position", "change"), [(0, torch.Tensor.byte), (2, lambda t: t + 1), (4, lambda t: t - 9)])
+@pytest.mark.parametrize(("position", "change"), [(0, torch.Tensor.byte), (2, lambda t: t + 1), (5, lambda t: t - 9)])
 def test_broken_candidates_are_caught(position: int, change: Any) -> None:
     inputs = candidates([5], 16, 6, (40, 40))
     inputs[position] = change(inputs[position])

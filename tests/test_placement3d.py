@@ -31,8 +31,9 @@ def candidates(
     region: bool = False,
     min_volume: int = 1,
     z_spacing: float = 2.3,
+    press: int = 0,
 ) -> dict[str, Any]:
-    """Arguments of `place_cells_3d`: ellipsoids (with specks beside them), half of them clustered."""
+    """Arguments of `place_cells_3d`: ellipsoids (with specks beside them), half of them clustered; gaps from -`press`."""
     random, n = np.random.default_rng(seed), sum(counts)
     z, y, x = (np.arange(m) - (m - 1) / 2 for m in (slices, side, side))
     masks = np.zeros((n, slices, side, side), bool)
@@ -59,7 +60,7 @@ def candidates(
     values = (
         *(masks, np.array(counts, np.int64), positions, direction.astype(np.float32)),
         random.random((n, tries, 2), dtype=np.float32),
-        *(random.integers(0, 4, (n, tries)) * random.integers(0, 2, (n, tries)) for _ in range(2)),
+        *(random.integers(-p, 4, (n, tries)) * random.integers(0, 2, (n, tries)) for p in (press, 0)),
         *(random.random(n) < 0.5, regions, weights, old),
     )
     tensors = [None if v is None else torch.from_numpy(v) for v in values]
@@ -82,6 +83,9 @@ AWKWARD: dict[str, dict[str, Any]] = {
     "a region": {"counts": [30, 12], "side": 16, "tries": 12, "size": (16, 48, 52), "region": True, "min_volume": 8},
     "a region with cells in it": {"counts": [30], "side": 16, "tries": 12, "size": (16, 48, 52), "region": True}
     | {"occupied": True},
+    "pressed together": {"counts": [60], "side": 16, "tries": 6, "size": (14, 48, 70), "occupied": True, "press": 6}
+    | {"min_volume": 12},
+    "a region, pressed": {"counts": [30], "side": 16, "tries": 12, "size": (16, 48, 52), "region": True, "press": 4},
     "no try": {"counts": [2], "side": 12, "tries": 0, "size": (8, 32, 32)},
 }
 
@@ -114,6 +118,27 @@ def test_labels_are_the_masks_and_nothing_overlaps(occupied: bool) -> None:
             assert own.sum() == len(at) >= 10
             assert own[tuple(at.T)].all()
             assert ndimage.label(own)[1] == 1
+
+
+def test_pressed_cells_share_a_face_and_keep_most_of_themselves() -> None:
+    z, y, x = (np.arange(n) - (n - 1) / 2 for n in (11, 24, 24))
+    ball = (2 * z[:, None, None]) ** 2 + y[:, None] ** 2 + x**2 <= 9**2
+    inputs = candidates([2], 24, 30, (30, 70, 70), slices=11, z_spacing=2.0)
+    inputs["masks"] = torch.from_numpy(ball).expand(2, -1, -1, -1)
+    inputs["positions"][0, 0] = 0.5  # the first one in the middle
+    inputs["clustered"] = torch.tensor([False, True])
+    shared, volumes = {}, {}
+    for gap in (0, -2, -4, -30):
+        inputs["gaps"] = torch.full_like(inputs["gaps"], gap)
+        made = place_cells_3d(**inputs)[0][0].numpy()
+        assert int((made == 1).sum()) == int(ball.sum()), "the first cell keeps every voxel"
+        sides = [np.diff(made, axis=axis) != 0 for axis in range(3)]
+        both = [made.take(range(1, n), a) * made.take(range(n - 1), a) == 2 for a, n in enumerate(made.shape)]
+        shared[gap] = sum(int((side & two).sum()) for side, two in zip(sides, both))
+        volumes[gap] = int((made == 2).sum())
+    assert shared[0] < 25 < shared[-2] < shared[-4]
+    assert volumes[0] > volumes[-2] > volumes[-4] >= 0.7 * volumes[0]
+    assert (shared[-30], volumes[-30]) == (shared[0], volumes[0]), "too much: placed beside it"
 
 
 def test_border_cells_occur_on_all_sides() -> None:
@@ -218,7 +243,7 @@ def test_the_op_is_registered_properly(occupied: bool) -> None:
     [
         ("masks", torch.Tensor.byte),
         ("positions", lambda t: t + 1),
-        ("gaps", lambda t: t - 9),
+        ("clearances", lambda t: t - 9),
         ("choices", lambda t: t + 1),
         ("regions", lambda t: t * float("nan")),
         ("size", lambda s: s[1:]),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from synthaug.errors import InputError
 from synthaug.generators import layout
-from synthaug.generators.population import PopulationConfig, PopulationSynthesis
+from synthaug.generators.population import BRIGHT, PopulationConfig, PopulationSynthesis
 from synthaug.kernels.compositing import resample
 from synthaug.randomness import SampleKey
 from synthaug.types import Cells, Scenes
@@ -106,6 +106,21 @@ def test_occupied_pixels_are_left_alone() -> None:
     assert int(occupied.max()) == 700
 
 
+def test_a_share_of_the_cells_is_very_bright() -> None:
+    usual, key = PopulationSynthesis(PopulationConfig()), SampleKey(0, ("bright",))
+    rare = PopulationSynthesis(PopulationConfig(bright_rate=0.1))
+    gains = [stage.draw([key], (8, 8), [4000])["gain"][0] for stage in (usual, rare)]
+    ratio = gains[1] / gains[0]
+    assert float(gains[0].max()) < 1.2
+    assert set(ratio[ratio < BRIGHT[0] * 0.99].tolist()) == {1.0}
+    bright = ratio[ratio >= BRIGHT[0] * 0.99]
+    assert len(bright) / 4000 == pytest.approx(0.1, abs=0.015)
+    assert float(bright.max()) <= BRIGHT[1] * 1.01
+    assert float(bright.log().mean()) == pytest.approx(np.log(BRIGHT).mean(), abs=0.05)
+    with pytest.raises(InputError, match="bright_rate"):
+        PopulationConfig(bright_rate=1.5)
+
+
 def test_light_adds_up_with_brightness_and_gain() -> None:
     keys, size = [SampleKey(4)], (200, 200)
     noise = STAGE.draw(keys, size, [2])
@@ -160,7 +175,7 @@ def test_fit_tells_clustered_from_scattered_and_survives_the_disk(tmp_path: Path
         scenes = scenes_of(keys, [22] * 4, (160, 160), clustering=p)
         fitted[p] = PopulationSynthesis.fit(list(scenes.labels[:, 0].numpy()), min_area=12)
     assert fitted[0.0].config.clustering <= 0.2 < 0.5 <= fitted[0.8].config.clustering
-    assert fitted[0.8].config.gaps[0] == 0
+    assert fitted[0.8].config.gaps[0] in (0, -1), "these cells touch, but are hardly pressed together"
     assert fitted[0.0].config.frame_size == (160, 160)
     assert 4 < fitted[0.0].config.reach < 16
     fitted[0.8].save_pretrained(tmp_path)
@@ -176,6 +191,23 @@ def test_fit_with_little_to_see() -> None:
         PopulationSynthesis.fit([labels], min_area=101)
     with pytest.raises(InputError, match="min_area"):
         PopulationSynthesis.fit([labels], min_area=0)
+
+
+@pytest.mark.parametrize("depth", [0, 2, 4, 6])
+def test_fit_tells_how_far_cells_are_pressed_together(depth: int) -> None:
+    stage = PopulationSynthesis(replace(STAGE.config, clustering=0.9, gaps=(-depth,), clearance=0))
+    discs = torch.from_numpy(np.hypot(*np.mgrid[-19:20, -19:20]) - 12.0).float().expand(20, 1, -1, -1)
+    cells = Cells(image=torch.sigmoid(-discs), sdf=discs, brightness=torch.ones(20), scale=torch.ones(20))
+    keys = [SampleKey(0, ("pressed", i)) for i in range(4)]
+    noise = stage.draw(keys, (160, 160), [14] * 4)
+    frames = stage.forward(cells, [torch.arange(14)] * 4, noise, (160, 160))
+    labels = list(frames.labels[:, 0].numpy())
+    told = np.concatenate([layout.presses(frame) for frame in labels])
+    assert len(told) > 12
+    assert np.median(told) == pytest.approx(depth, abs=0.8)
+    fitted = PopulationSynthesis.fit(labels, min_area=12).config
+    assert fitted.gaps[4] == pytest.approx(-depth, abs=2)
+    assert float(frames.light.max()) < 1.35, "light is not counted twice where cells are pressed together"
 
 
 def test_layout_measures() -> None:
@@ -227,7 +259,7 @@ def test_wrong_numbers_are_named() -> None:
             STAGE.num_cells(keys, (9, 9), torch.zeros(1), num_cells=wrong)
     with pytest.raises(InputError, match="density"):
         STAGE.num_cells(keys, (9, 9), torch.zeros(2))
-    for fields in ({"clustering": 1.2}, {"min_area": 0}, {"gaps": ()}, {"reach": -1.0}):
+    for fields in ({"clustering": 1.2}, {"min_area": 0}, {"gaps": ()}, {"reach": -1.0}, {"bright_rate": 2.0}):
         with pytest.raises(InputError, match="PopulationConfig"):
             PopulationConfig(**fields)
 

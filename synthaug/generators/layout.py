@@ -21,6 +21,9 @@ from synthaug.types import UNLABELLED, Cells
 
 Labels = NDArray[np.int32]
 
+TOUCHING = 0.35
+"""What `presses` would find for discs that merely touch, whose outlines are made of pixels; whatever their size."""
+
 FAR_OUTSIDE = 99.0
 """Distance to the outline in a slice that a cell does not reach, pixels."""
 
@@ -159,14 +162,43 @@ def moments(volumes: Sequence[Labels]) -> list[tuple[NDArray[np.float64], NDArra
     return [(v.mean(0), np.cov(v.T)) if len(v) > 1 else few for v in voxels]
 
 
-def near_gaps(gaps: NDArray[np.float64], diameter: float) -> tuple[int, ...]:
+def presses(labels: Labels) -> NDArray[np.float64]:
+    """How far two cells that share edges are pressed together, pixels, float64 [n], one for each such pair.
+
+    By as much as two discs of their areas would overlap whose outlines cross where the shared edge begins and ends. In three
+    annotated data sets of nuclei that is 8 to 19 % of the sum of their radii in the median: discs that merely touch, as
+    cells placed one beside another do, have hardly an edge in common.
+    """
+    edges: dict[tuple[int, int], list[NDArray[np.int64]]] = {}
+    for step in (np.array([0, 1]), np.array([1, 0])):
+        one, other = labels[: labels.shape[0] - step[0], : labels.shape[1] - step[1]], labels[step[0] :, step[1] :]
+        for place in np.argwhere((one != other) & (one > 0) & (other > 0)):
+            low, high = sorted((int(one[tuple(place)]), int(other[tuple(place)])))
+            edges.setdefault((low, high), []).append(2 * place + step)
+    radii = np.sqrt(np.bincount(labels.ravel().clip(0)) / np.pi)
+    depths = []
+    for pair, places in edges.items():
+        ends = np.array(places, np.float64) / 2
+        half = (np.hypot(*(ends[:, None] - ends).transpose(2, 0, 1)).max() + 1) / 2
+        depths.append(sum(r - np.sqrt(max(r * r - half * half, 0.0)) for r in radii[list(pair)]))
+    return np.maximum(np.array(depths, np.float64) - TOUCHING, 0.0)
+
+
+def near_gaps(
+    gaps: NDArray[np.float64], diameter: float, presses: NDArray[np.float64] | None = None
+) -> tuple[int, ...]:
     """Quantiles of the gaps between cells that lie next to each other, whole pixels.
 
     Args:
         gaps: of `neighbour_gaps`.
         diameter: of a typical cell, pixels.
+        presses: of `presses`; cells that touch are pressed together by as much. Half a radius is the most.
     """
-    near = gaps[gaps <= max(diameter / 8, 1)]  # farther neighbours are there without clustering, too
+    near = np.sort(gaps[gaps <= max(diameter / 8, 1)])  # farther neighbours are there without clustering, too
+    touching = int((near == 0).sum())
+    if presses is not None and len(presses) and touching:
+        depths = np.minimum(presses, diameter / 4)
+        near[:touching] = -np.quantile(depths, 1 - (np.arange(touching) + 0.5) / touching)
     return tuple(int(g) for g in np.quantile(near, (np.arange(32) + 0.5) / 32).round()) if len(near) else (0,)
 
 
@@ -175,8 +207,9 @@ def fit_clustering(
 ) -> tuple[float, int]:
     """Clustering probability and clearance (pixels) with which trials give the real gaps between neighbours.
 
-    The boundary-to-boundary gap is compared (Wasserstein distance), not that of centroids: it is what clustering
-    changes, whatever the cells' sizes and elongations.
+    The boundary-to-boundary gap is compared, not that of centroids: it is what clustering changes, whatever the cells'
+    sizes and elongations. The clearance goes by all gaps (Wasserstein distance), the probability by the share of cells
+    that touch another one or nearly do: wide gaps outweigh what separates cells in a segmentation and what does not.
 
     Args:
         real: gaps, pixels.
@@ -184,16 +217,20 @@ def fit_clustering(
         trial: from clustering probability and clearance to the gaps they give.
     """
 
-    @functools.cache
+    made = functools.cache(trial)
+
     def distance(clustering: float, clearance: int) -> float:
-        gaps = trial(clustering, clearance)
+        gaps = made(clustering, clearance)
         return float(wasserstein_distance(real, gaps)) if len(gaps) else np.inf
+
+    def near(gaps: NDArray[np.float64]) -> float:
+        return float((gaps <= 1).mean()) if len(gaps) else 0.0
 
     p = 0.2
     for step in (0.1, 0.05):
         clearance = min((round(diameter * c / 5) for c in range(6)), key=lambda c: distance(p, c))
         around = np.arange(11) / 10 if step == 0.1 else np.clip([p - step, p, p + step], 0, 1)
-        p = min((round(float(q), 2) for q in around), key=lambda q: distance(q, clearance))
+        p = min((round(float(q), 2) for q in around), key=lambda q: abs(near(made(q, clearance)) - near(real)))
     return p, clearance
 
 

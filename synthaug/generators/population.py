@@ -27,6 +27,12 @@ from synthaug.kernels.compositing import composite, resample, resample_stacks
 from synthaug.randomness import SampleKey
 from synthaug.types import Cells, Scenes
 
+DEEPEST_FURROW = 0.5
+"""Share of a cell's light that is missing at most where it is pressed against another."""
+
+BRIGHT = (1.5, 4.0)
+"""By how much a very bright cell is brighter than it would be, drawn evenly on a logarithmic scale."""
+
 
 @dataclass(frozen=True)
 class PopulationConfig:
@@ -35,13 +41,16 @@ class PopulationConfig:
     Attributes:
         min_area: pixels (voxels) an instance must keep on the canvas, >= 1.
         clustering: probability p in [0, 1] that a cell is placed next to one that is already there.
-        gaps: quantiles of the gap to that neighbour, whole pixels >= 0, ascending; 0 means touching.
+        gaps: quantiles of the gap to that neighbour, whole pixels, ascending; 0 means touching, less that the two are
+            pressed together by so many pixels.
         clearance: pixels >= 0 which the other cells keep from their neighbours at most; each keeps a random part of it.
         reach: pixels by which the canvas grows, along Y and X, for the centres of cells that keep `min_area` on it.
         frame_size: ((Z,) Y, X) of the frames in which densities were counted; (0, 0): density is taken as it is.
         dispersion: variance over mean of the number of cells in small windows of one frame; 0 = none, 1 = Poisson's.
         num_tries: candidate positions a cell gets in each way of placing.
         gain_sigma: standard deviation of the log of the brightness gain a cell gets every time it is used.
+        bright_rate: share of the uses, in [0, 1], in which a cell is brighter than all others besides, as cells in
+            mitosis and dying ones are: by a factor of `BRIGHT`.
         z_spacing: pixels of the image plane from plane to plane, > 0; gaps and clearances along z are counted with it.
         reach_z: planes by which a volume grows along Z, as `reach`.
         mirror_z: whether cells of volumes are also mirrored along z.
@@ -57,6 +66,7 @@ class PopulationConfig:
     dispersion: float = 0.0
     num_tries: int = 64
     gain_sigma: float = 0.04
+    bright_rate: float = 0.0
     z_spacing: float = 1.0
     reach_z: float = 0.0
     mirror_z: bool = True
@@ -65,16 +75,19 @@ class PopulationConfig:
     def __post_init__(self) -> None:
         if isinstance(self.region, dict):  # from a config file
             object.__setattr__(self, "region", Region(**self.region))
-        if self.min_area < 1 or not 0 <= self.clustering <= 1 or self.num_tries < 1 or self.z_spacing <= 0:
-            raise InputError(
-                "PopulationConfig",
-                expected="min_area, num_tries >= 1, clustering in [0, 1], z_spacing > 0",
-                got=self,
-            )
+        probabilities = self.clustering, self.bright_rate
+        if (
+            self.min_area < 1
+            or self.num_tries < 1
+            or self.z_spacing <= 0
+            or not all(0 <= p <= 1 for p in probabilities)
+        ):
+            expected = "min_area, num_tries >= 1, clustering and bright_rate in [0, 1], z_spacing > 0"
+            raise InputError("PopulationConfig", expected=expected, got=self)
         lowest = min(self.clearance, self.reach, self.reach_z, self.dispersion, self.gain_sigma)
-        if not self.gaps or min(self.gaps) < 0 or lowest < 0:
+        if not self.gaps or lowest < 0:
             raise InputError(
-                "PopulationConfig", expected="gaps, clearance, reach, dispersion and gain_sigma >= 0", got=self
+                "PopulationConfig", expected="gaps, and clearance, reach, dispersion and gain_sigma >= 0", got=self
             )
         if self.region is not None and (len(self.frame_size) != 3 or min(self.frame_size) < 1):
             raise InputError("PopulationConfig", expected="frame_size (Z, Y, X) beside a region", got=self.frame_size)
@@ -219,7 +232,8 @@ class PopulationSynthesis(Stage):
 
         Returns:
             "rotation" [B, n, 2] cosine and sine, "flip" [B, n] (+1 or -1), "gain" [B, n] > 0, "cluster" [B, n] in
-            [0, 1), "position" and "direction" [B, n, T, 2 or 3], "gap" [B, n, T] in [0, 1); float32. In 3D also
+            [0, 1), "position" and "direction" [B, n, T, 2 or 3], "gap" [B, n, T] in [0, 1); float32. Where cells are
+            pressed together also "furrow" [B, n] in [0, 1), how dark the line between is. In 3D also
             "mirror" [B, n] (+1 or -1) and "choice" [B, n, T, 2] in [0, 1), and with a region "region" float64
             [B, 7, 3], whose unit ball then holds the positions.
         """
@@ -236,6 +250,8 @@ class PopulationSynthesis(Stage):
         }
         if axes == 3:
             shapes |= {"mirror": (), "choice": (t, 2)}
+        if min(self.config.gaps) < 0:
+            shapes |= {"furrow": ()}
         noise = {name: torch.zeros((len(keys), n, *shape)) for name, shape in shapes.items()}
         if self.config.region is not None:
             noise["region"] = torch.zeros((len(keys), 7, 3), dtype=torch.float64)
@@ -243,6 +259,8 @@ class PopulationSynthesis(Stage):
             # Sines and exponentials are taken row by row: vector code may round them otherwise in another batch
             random = key.child("placement").numpy()
             values = self._values(random, count, axes)
+            if "furrow" in shapes:
+                values["furrow"] = DEEPEST_FURROW * random.random(count, dtype=np.float32)
             if axes == 3:
                 values |= self._values_3d(random, count, values["direction"])
             if self.config.region is not None:
@@ -262,12 +280,19 @@ class PopulationSynthesis(Stage):
         return {
             "rotation": np.stack([cosine[:, 0], sine[:, 0]], axis=-1),
             "flip": np.where(random.random(count) < 0.5, -1.0, 1.0),
-            "gain": np.exp(self.config.gain_sigma * random.standard_normal(count)),
+            "gain": self._gains(random, count),
             "cluster": random.random(count, dtype=np.float32),
             "position": random.random((count, t, axes), dtype=np.float32),
             "direction": np.stack([sine[:, 1:], cosine[:, 1:]], axis=-1),
             "gap": random.random((count, t), dtype=np.float32),
         }
+
+    def _gains(self, random: np.random.Generator, count: int) -> NDArray[np.float64]:
+        gains = np.exp(self.config.gain_sigma * random.standard_normal(count))
+        if self.config.bright_rate > 0:  # asked first: streams without keep their random numbers
+            bright = random.random(count) < self.config.bright_rate
+            gains *= np.where(bright, np.exp(random.uniform(math.log(BRIGHT[0]), math.log(BRIGHT[1]), count)), 1.0)
+        return gains
 
     def _values_3d(self, random: np.random.Generator, count: int, flat: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
         """What one row has besides in 3D, and directions in space made of those in the plane."""
@@ -324,7 +349,8 @@ class PopulationSynthesis(Stage):
             image, masks = resample_stacks(cells, drawn["rotation"], drawn["flip"], drawn["mirror"], which)
             known = None if occupied is None else _compact(occupied, len(picks), size)
             labels, corners = self._place_3d(masks, drawn, counts, p, size, self._regions(noise, known), known)
-        light = composite(image, cells.brightness[which] * drawn["gain"], corners, counts, size)
+        pressed = (masks, labels, drawn["furrow"]) if "furrow" in drawn else None
+        light = composite(image, cells.brightness[which] * drawn["gain"], corners, counts, size, pressed)
         return Scenes(
             light=light[:, None].to(device),
             labels=labels[:, None].to(device),
@@ -485,7 +511,9 @@ def _fit_frames(
     if not real:
         return {"clustering": 0.0, "gaps": (0,)}
     pooled, diameter = np.concatenate(real), _diameter(masks)
-    config, cells, trials = replace(config, gaps=layout.near_gaps(pooled, diameter)), layout.cells_of_masks(masks), []
+    presses = np.concatenate([layout.presses(frame) for frame in frames])
+    config = replace(config, gaps=layout.near_gaps(pooled, diameter, presses))
+    cells, trials = layout.cells_of_masks(masks), []
     for i, frame in enumerate(frames):
         key, count = SampleKey(0, ("fit clustering", i)), len(real[i])
         drawn = {k: v[0] for k, v in PopulationSynthesis(config).draw([key], (1, 1), [count]).items()}
@@ -546,7 +574,8 @@ def _fit_volumes(
     pooled = np.concatenate([np.empty(0), *real])
     if not len(pooled):
         return config
-    config = replace(config, gaps=layout.near_gaps(pooled, diameter))
+    presses = np.concatenate([layout.presses(frame) for frame in frames])
+    config = replace(config, gaps=layout.near_gaps(pooled, diameter, presses))
     chosen = np.unique(np.linspace(0, len(volumes) - 1, 16).round().astype(int))
     trials = [_trial_volume(config, cells, i, volumes[i].shape, round(counts[i])) for i in chosen if planes[i]]
 

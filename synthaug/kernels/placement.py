@@ -23,6 +23,9 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
+LEAST_LEFT = 0.7
+"""Share of its pixels that a cell keeps where it is pressed against others."""
+
 
 def _jit(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compile for one signature, from numba's cache where there is a folder it can write to."""
@@ -147,6 +150,33 @@ def _is_whole(
     return area >= min_area and area > 0 and (not cut or _join_runs(clipped, kept, part) == 1)
 
 
+@_jit("int64(int32[:,::1], int64, int64, int64, uint8[:,::1], int32[:,::1])")
+def _cut_runs(runs: Any, n: int, top: int, left: int, taken: Any, cut: Any) -> int:
+    """What the shifted runs keep where nothing is taken, beyond the canvas included; their number."""
+    kept = 0
+    for k in range(n):
+        y, x, end = runs[k, 0] + top, runs[k, 1], runs[k, 2]
+        inside = 0 <= y < taken.shape[0]
+        while x < end:
+            if inside and 0 <= x + left < taken.shape[1] and taken[y, x + left]:
+                x += 1
+                continue
+            start = x
+            while x < end and not (inside and 0 <= x + left < taken.shape[1] and taken[y, x + left]):
+                x += 1
+            cut[kept, 0], cut[kept, 1], cut[kept, 2] = runs[k, 0], start, x
+            kept += 1
+    return kept
+
+
+@_jit("int64(int32[:,::1], int64)")
+def _area(runs: Any, n: int) -> int:
+    area = 0
+    for k in range(n):
+        area += runs[k, 2] - runs[k, 1]
+    return area
+
+
 @_jit(
     "void(uint8[:,:,::1], int64[::1], float32[:,:,::1], float32[:,:,::1], int64[:,::1], int64[:,::1], uint8[::1],"
     " int32[:,:,::1], int64, int32[:,:,::1], int64[:,::1])"
@@ -167,7 +197,7 @@ def _place(
     size, tries = masks.shape[1], positions.shape[1]
     height, width = labels.shape[1], labels.shape[2]
     most = size * (size // 2 + 1)
-    runs, clipped = np.empty((most, 3), np.int32), np.empty((most, 3), np.int32)
+    runs, clipped, cut = np.empty((most, 3), np.int32), np.empty((most, 3), np.int32), np.empty((most, 3), np.int32)
     part, areas = np.empty(most, np.int64), np.empty(most, np.int64)
     taken = np.empty((height, width), np.uint8)
     first = 0
@@ -196,7 +226,9 @@ def _place(
             for k in range(n):
                 column, w = min(column, runs[k, 1]), max(w, runs[k, 2])
             h, w = runs[n - 1, 0] - row + 1, w - column
+            least = np.float64(_area(runs, n)) * LEAST_LEFT
             for attempt in range(2 * tries):
+                kept = 0
                 t = attempt % tries
                 if (clustered[i] != 0) == (attempt < tries):
                     if num_boxes == 0:
@@ -211,7 +243,7 @@ def _place(
                         top = math.floor(start_y + distance * dy + 0.5) - row
                         left = math.floor(start_x + distance * dx + 0.5) - column
                         if _is_free(runs, n, top, left, taken):
-                            if found or gaps[i, t] == 0:
+                            if found or gaps[i, t] <= 0:
                                 found = True
                                 break
                             found = True
@@ -223,18 +255,31 @@ def _place(
                             distance += 1
                     if not found or distance > farthest:
                         continue
+                    if gaps[i, t] < 0 and a >= num_old and 2 * (distance + gaps[i, t]) >= distance:
+                        near_top = math.floor(start_y + (distance + gaps[i, t]) * dy + 0.5) - row
+                        near_left = math.floor(start_x + (distance + gaps[i, t]) * dx + 0.5) - column
+                        kept = _cut_runs(runs, n, near_top, near_left, taken, cut)
+                        if (
+                            np.float64(_area(cut, kept)) >= least
+                            and _join_runs(cut, kept, part) == 1
+                            and _is_whole(cut, kept, near_top, near_left, height, width, min_area, clipped, part)
+                        ):
+                            top, left = near_top, near_left
+                        else:
+                            kept = 0
                 else:
                     top = int(positions[i, t, 0] * np.float64(height + h - 1)) - (h - 1) - row
                     left = int(positions[i, t, 1] * np.float64(width + w - 1)) - (w - 1) - column
                     if not _is_clear(runs, n, top, left, clearances[i, t], taken):
                         continue
-                if not _is_whole(runs, n, top, left, height, width, min_area, clipped, part):
+                if kept == 0 and not _is_whole(runs, n, top, left, height, width, min_area, clipped, part):
                     continue
                 num_placed += 1
-                for k in range(n):
-                    y = runs[k, 0] + top
+                placed = cut if kept else runs
+                for k in range(kept if kept else n):
+                    y = placed[k, 0] + top
                     if 0 <= y < height:
-                        for x in range(max(runs[k, 1] + left, 0), min(runs[k, 2] + left, width)):
+                        for x in range(max(placed[k, 1] + left, 0), min(placed[k, 2] + left, width)):
                             labels[b, y, x] = num_placed
                             taken[y, x] = 1
                 boxes[num_boxes, 0], boxes[num_boxes, 1] = row + top, column + left
@@ -261,7 +306,9 @@ def place_cells(
 
     Only the largest 4-connected part of a mask counts. A clustered cell goes next to a placed (or occupied) one: from
     the middle of a random one's bounding box outwards in a random direction until it is free, then `gaps` pixels
-    further. Any other cell goes anywhere free, centres beyond the border included, and there it keeps its clearance:
+    further. With a negative gap the two are pressed together: it goes so many pixels back and loses what others have there,
+    unless that is more than 30 % of it, leaves it in several parts, halves the distance of their middles, or the other one is
+    among the occupied. Any other cell goes anywhere free, centres beyond the border included, and there it keeps its clearance:
     the place must stay free if the cell is moved that far in any of eight directions. A position is refused unless at
     least `min_area` pixels lie on the canvas as one 4-connected part. A cell refused T times in its own way has T tries
     in the other way, then it is left out; so the work is bounded.
@@ -271,7 +318,7 @@ def place_cells(
         counts: int64 [B], cells of each frame, N in sum.
         positions: float32 [N, T, 2] in [0, 1): where on the canvas (y, x); the first one also says next to which cell.
         directions: float32 [N, T, 2], unit vectors (y, x).
-        gaps: int64 [N, T], >= 0, pixels, for cells placed next to another.
+        gaps: int64 [N, T], pixels, for cells placed next to another.
         clearances: int64 [N, T], >= 0, pixels, for cells placed anywhere.
         clustered: bool [N].
         occupied: int32 [B, Y, X], 0 where free, else labels of what is there already, from 1 without large holes.
@@ -317,7 +364,7 @@ def _arrays(*tensors: Tensor) -> list[NDArray[Any]]:
     assert clustered.shape == (n,), clustered.shape
     assert counts.shape == occupied.shape[:1], (counts.shape, occupied.shape)
     assert int(counts.sum()) == n, counts
-    assert not any(bool((t < 0).any()) for t in (counts, positions, gaps, clearances, occupied)), "negative numbers"
+    assert not any(bool((t < 0).any()) for t in (counts, positions, clearances, occupied)), "negative numbers"
     assert bool((positions < 1).all()), "positions must be below 1"
     flat = [t.contiguous() for t in tensors]
     return [(t.view(torch.uint8) if t.dtype == torch.bool else t).numpy() for t in flat]
@@ -341,7 +388,7 @@ def place_cells_reference(
     first = 0
     for b, count in enumerate(counts.tolist()):
         old = occupied[b].numpy()
-        boxes = []
+        boxes, num_old = [], int(old.max(initial=0))
         for box in ndimage.find_objects(old):
             y, x = box if box else (slice(old.shape[0], 0), slice(old.shape[1], 0))
             boxes.append((y.start, x.start, y.stop - 1, x.stop - 1))
@@ -366,10 +413,18 @@ def place_cells_reference(
                                 break
                         else:
                             continue
-                        distance += gap[i, t]
+                        distance += max(gap[i, t], 0)
                         if distance > farthest:
                             continue
                         top, left = np.floor(start + distance * direction[i, t] + 0.5).astype(int) - (row, column)
+                        nearer = distance + gap[i, t]
+                        if nearer < distance <= 2 * nearer and int(position[i, t, 0] * len(boxes)) >= num_old:
+                            y, x = np.floor(start + nearer * direction[i, t] + 0.5).astype(int) - (row, column)
+                            left_over, whole = _left_over(mask, y, x, taken)
+                            stamp = _stamp(mask, y, x, taken.shape) & ~taken
+                            if left_over >= LEAST_LEFT * mask.sum() and whole and _fits(stamp, min_area):
+                                top, left = y, x
+                                break
                     elif not next_to:
                         top = int(position[i, t, 0] * (taken.shape[0] + h - 1)) - (h - 1) - row
                         left = int(position[i, t, 1] * (taken.shape[1] + w - 1)) - (w - 1) - column
@@ -381,7 +436,7 @@ def place_cells_reference(
                     else:
                         continue
                     stamp = _stamp(mask, top, left, taken.shape)
-                    if not (stamp & taken).any() and stamp.sum() >= max(min_area, 1) and ndimage.label(stamp)[1] == 1:
+                    if not (stamp & taken).any() and _fits(stamp, min_area):
                         break
                 else:
                     continue
@@ -391,6 +446,18 @@ def place_cells_reference(
                 break
         first += count
     return torch.from_numpy(labels), torch.from_numpy(corners)
+
+
+def _fits(stamp: NDArray[np.bool_], min_area: int) -> bool:
+    return bool(stamp.sum() >= max(min_area, 1) and ndimage.label(stamp)[1] == 1)
+
+
+def _left_over(mask: NDArray[np.bool_], top: int, left: int, taken: NDArray[np.bool_]) -> tuple[int, bool]:
+    """Pixels of the mask where nothing is taken, beyond the canvas included, and whether they are one part."""
+    wide = np.pad(taken, len(mask))
+    y, x = max(top + len(mask), 0), max(left + len(mask), 0)
+    kept = mask & ~wide[y : y + len(mask), x : x + len(mask)]
+    return int(kept.sum()), ndimage.label(kept)[1] == 1
 
 
 def _largest_part(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

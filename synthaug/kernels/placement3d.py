@@ -22,7 +22,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
-from synthaug.kernels.placement import _jit, _largest_part
+from synthaug.kernels.placement import LEAST_LEFT, _jit, _largest_part
 
 
 @_jit("int64(uint8[:,:,::1], uint64[:,:,::1], int32[:,::1])")
@@ -211,6 +211,37 @@ def _is_whole(
     return not cut or _join_runs(clipped, kept, rows, first, part) == 1
 
 
+@_jit("int64(int32[:,::1], int64, int64, int64, int64, int64, uint64[:,:,::1], int32[:,::1])")
+def _cut_runs(runs: Any, n: int, front: int, top: int, left: int, width: int, taken: Any, cut: Any) -> int:
+    """What the shifted runs keep where nothing is taken (one bit a voxel), beyond the canvas included; their number."""
+    kept, one = 0, np.uint64(1)
+    for k in range(n):
+        z, y = runs[k, 0] + front, runs[k, 1] + top
+        inside = 0 <= z < taken.shape[0] and 0 <= y < taken.shape[1]
+        start = -1
+        for x in range(runs[k, 2], runs[k, 3]):
+            at = x + left
+            if inside and 0 <= at < width and (taken[z, y, at >> 6] >> np.uint64(at & 63)) & one:
+                if start >= 0:
+                    cut[kept, 0], cut[kept, 1], cut[kept, 2], cut[kept, 3] = runs[k, 0], runs[k, 1], start, x
+                    kept += 1
+                    start = -1
+            elif start < 0:
+                start = x
+        if start >= 0:
+            cut[kept, 0], cut[kept, 1], cut[kept, 2], cut[kept, 3] = runs[k, 0], runs[k, 1], start, runs[k, 3]
+            kept += 1
+    return kept
+
+
+@_jit("int64(int32[:,::1], int64)")
+def _volume(runs: Any, n: int) -> int:
+    volume = 0
+    for k in range(n):
+        volume += runs[k, 3] - runs[k, 2]
+    return volume
+
+
 @_jit("boolean(float64, float64, float64, float64[:,::1], float64[::1], float64)")
 def _is_accepted(z: float, y: float, x: float, region: Any, weights: Any, chance: float) -> bool:
     """A cell with its middle at (z, y, x) is accepted into the region with the chance of its distance from the middle."""
@@ -250,7 +281,7 @@ def _place(
     depth, height, width = labels.shape[1], labels.shape[2], labels.shape[3]
     rows = masks.shape[1] * masks.shape[2]
     most = rows * (side // 2 + 1)
-    runs, clipped = np.empty((most, 4), np.int32), np.empty((most, 4), np.int32)
+    runs, clipped, cut = np.empty((most, 4), np.int32), np.empty((most, 4), np.int32), np.empty((most, 4), np.int32)
     part, volumes, in_row = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(rows + 1, np.int64)
     taken = np.empty((depth, height, (width + 63) // 64), np.uint64)
     one, full = np.uint64(1), np.uint64(0xFFFFFFFFFFFFFFFF)
@@ -288,7 +319,9 @@ def _place(
                 row, h = min(row, runs[k, 1]), max(h, runs[k, 1] + 1)
                 column, w = min(column, runs[k, 2]), max(w, runs[k, 3])
             d, h, w = runs[n - 1, 0] - plane + 1, h - row, w - column
+            least = np.float64(_volume(runs, n)) * LEAST_LEFT
             for attempt in range(2 * tries):
+                whole = 0
                 t = attempt % tries
                 if (clustered[i] != 0) == (attempt < tries):
                     if num_boxes == 0:
@@ -308,7 +341,7 @@ def _place(
                         top = math.floor(start_y + distance * dy + 0.5) - row
                         left = math.floor(start_x + distance * dx + 0.5) - column
                         if _is_free(runs, n, front, top, left, width, taken):
-                            if found or gaps[i, t] == 0:
+                            if found or gaps[i, t] <= 0:
                                 found = True
                                 break
                             found = True
@@ -329,6 +362,34 @@ def _place(
                         np.float64(choices[i, t, 1]),
                     ):
                         continue
+                    if gaps[i, t] < 0 and a >= num_old and 2 * (distance + gaps[i, t]) >= distance:
+                        near = distance + gaps[i, t]
+                        near_front = math.floor(start_z + near * dz + 0.5) - plane
+                        near_top = math.floor(start_y + near * dy + 0.5) - row
+                        near_left = math.floor(start_x + near * dx + 0.5) - column
+                        whole = _cut_runs(runs, n, near_front, near_top, near_left, width, taken, cut)
+                        if (
+                            np.float64(_volume(cut, whole)) >= least
+                            and _join_runs(cut, whole, masks.shape[2], in_row, part) == 1
+                            and _is_whole(
+                                cut,
+                                whole,
+                                near_front,
+                                near_top,
+                                near_left,
+                                depth,
+                                height,
+                                width,
+                                min_volume,
+                                masks.shape[2],
+                                clipped,
+                                in_row,
+                                part,
+                            )
+                        ):
+                            front, top, left = near_front, near_top, near_left
+                        else:
+                            whole = 0
                 else:
                     p, q, r = (
                         np.float64(positions[i, t, 0]),
@@ -349,7 +410,7 @@ def _place(
                         left = int(r * np.float64(width + w - 1)) - (w - 1) - column
                     if not _is_clear(runs, n, front, top, left, width, clearances[i, t], z_spacing, taken):
                         continue
-                if not _is_whole(
+                if whole == 0 and not _is_whole(
                     runs,
                     n,
                     front,
@@ -366,9 +427,10 @@ def _place(
                 ):
                     continue
                 num_placed += 1
-                for k in range(n):
-                    z, y = runs[k, 0] + front, runs[k, 1] + top
-                    start, end = max(runs[k, 2] + left, 0), min(runs[k, 3] + left, width)
+                placed = cut if whole else runs
+                for k in range(whole if whole else n):
+                    z, y = placed[k, 0] + front, placed[k, 1] + top
+                    start, end = max(placed[k, 2] + left, 0), min(placed[k, 3] + left, width)
                     if 0 <= z < depth and 0 <= y < height and start < end:
                         for x in range(start, end):
                             labels[b, z, y, x] = num_placed
@@ -421,7 +483,7 @@ def place_cells_3d(
             just off the canvas on one side to just off it on the other; with one, points that the region maps to voxels.
         directions: float32 [N, T, 3], unit vectors (ZYX) in in-plane pixels.
         choices: float32 [N, T, 2] in [0, 1): next to which cell, and what a region's chance must exceed.
-        gaps: int64 [N, T], >= 0, pixels, for cells placed next to another.
+        gaps: int64 [N, T], pixels, for cells placed next to another.
         clearances: int64 [N, T], >= 0, pixels, for cells placed anywhere.
         clustered: bool [N].
         regions: float64 [B, 7, 3] (ZYX), the ellipsoid's middle in voxels, the matrix from the unit ball to voxels, and
@@ -514,7 +576,7 @@ def _check(
     assert len(size) == 3, size
     assert regions.shape == (len(counts), 7, 3), regions.shape
     assert bool(torch.isfinite(regions).all() and torch.isfinite(positions).all()), "infinite places"
-    assert not any(bool((t < 0).any()) for t in (counts, choices, gaps, clearances)), "negative numbers"
+    assert not any(bool((t < 0).any()) for t in (counts, choices, clearances)), "negative numbers"
     assert bool((choices < 1).all()), "choices must be below 1"
     assert len(weights) or bool(((positions >= 0) & (positions < 1)).all()), "positions must be in [0, 1)"
     if occupied is not None:
@@ -548,7 +610,7 @@ def place_cells_3d_reference(
     first = 0
     for b, count in enumerate(counts.tolist()):
         old = np.zeros(tuple(size), np.int32) if occupied is None else occupied[b].numpy()
-        taken, boxes = old != 0, []
+        taken, boxes, num_old = old != 0, [], int(old.max(initial=0))
         for box in ndimage.find_objects(old):
             spans = box if box else [slice(side, 0) for side in old.shape]
             boxes.append((np.array([s.start for s in spans]), np.array([s.stop - 1 for s in spans])))
@@ -561,6 +623,7 @@ def place_cells_3d_reference(
             corner = np.zeros(3, np.int64)
             for next_to in (bool(clustered[i]), not clustered[i]):
                 for t in range(positions.shape[1]):
+                    pressed = False
                     if next_to and boxes:
                         one, other = boxes[int(choice[i, t, 0] * len(boxes))]
                         start, way = (one + other - extent + 1) / 2, direction[i, t] / unit
@@ -573,7 +636,7 @@ def place_cells_3d_reference(
                                 break
                         else:
                             continue
-                        distance += int(gap[i, t])
+                        distance += max(int(gap[i, t]), 0)
                         if distance > farthest:
                             continue
                         corner = np.floor(start + distance * way + 0.5).astype(int) - low
@@ -583,6 +646,16 @@ def place_cells_3d_reference(
                             ring = int(math.sqrt((along[0] ** 2 + along[1] ** 2) + along[2] ** 2) * len(weight))
                             if ring >= len(weight) or choice[i, t, 1] >= weight[ring]:
                                 continue
+                        nearer = distance + int(gap[i, t])
+                        if nearer < distance <= 2 * nearer and int(choice[i, t, 0] * len(boxes)) >= num_old:
+                            near = np.floor(start + nearer * way + 0.5).astype(int) - low
+                            kept = mask & ~_taken_under(mask, near, taken)
+                            pressed = bool(
+                                kept.sum() >= LEAST_LEFT * mask.sum()
+                                and ndimage.label(kept)[1] == 1
+                                and _fits(_window(kept, near, taken.shape)[1], min_volume)
+                            )
+                            corner = near if pressed else corner
                     elif not next_to:
                         if len(weight):
                             ball = position[i, t]
@@ -597,23 +670,32 @@ def place_cells_3d_reference(
                             continue
                     else:
                         continue
-                    part = _window(mask, corner, taken.shape)[1]
-                    if (
-                        not (_stamp(mask, corner, taken.shape) & taken).any()
-                        and part.sum() >= max(min_volume, 1)
-                        and ndimage.label(part)[1] == 1
-                    ):
+                    free = not (_stamp(mask, corner, taken.shape) & taken).any()
+                    if pressed or (free and _fits(_window(mask, corner, taken.shape)[1], min_volume)):
                         break
                 else:
                     continue
                 corners[i] = *corner, labels[b].max() + 1
-                stamp = _stamp(mask, corner, taken.shape)
+                stamp = _stamp(mask, corner, taken.shape) & ~taken
                 labels[b][stamp] = corners[i, 3]
                 taken |= stamp
                 boxes.append((low + corner, low + corner + extent - 1))
                 break
         first += count
     return torch.from_numpy(labels), torch.from_numpy(corners)
+
+
+def _fits(part: NDArray[np.bool_], min_volume: int) -> bool:
+    return bool(part.sum() >= max(min_volume, 1) and ndimage.label(part)[1] == 1)
+
+
+def _taken_under(mask: NDArray[np.bool_], corner: NDArray[np.int64], taken: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """What is taken where the mask lies; nothing beyond the canvas."""
+    out = np.zeros_like(mask)
+    spans = _window(mask, corner, taken.shape)[0]
+    inside = tuple(slice(s.start - c, s.stop - c) for s, c in zip(spans, corner))
+    out[inside] = taken[spans]
+    return out
 
 
 def _moves(clearance: int, z_spacing: float) -> list[tuple[int, int, int]]:

@@ -7,8 +7,11 @@ from theirs (shrinkage towards a prior, as in empirical Bayes). The more own row
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +29,15 @@ MOST = 128
 
 ENOUGH = 10
 """Nothing is borrowed where there are so many times more own rows than the borrowed ones would weigh."""
+
+LEAST_SPREAD = 0.5
+"""Standard deviation of the logarithm of the cells' density between frames, at least: few data sets are as even as theirs."""
+
+EMPTY = 0.04
+"""Share of frames without cells beside the others: a network that never saw one finds cells in the noise of the first."""
+
+BRIGHT_RATE = 0.03
+"""Share of very bright cells where no frame tells."""
 
 WIDEST = 1.4
 """Deviations are cut there: on logarithms, a factor of 4."""
@@ -55,14 +67,32 @@ def borrow_spread(own: Tensor, source: Tensor, prior: float, mean: Tensor | None
     return torch.cat([own.repeat(max(round(len(some) / prior), 1), 1), borrowed])
 
 
-def borrow_clustering(population: PopulationSynthesis, source: PopulationSynthesis, num_frames: int) -> None:
-    """Bring the clustering probability that `num_frames` frames show nearer to that of `source`; in place.
+def borrow_placement(population: PopulationSynthesis, source: PopulationSynthesis, num_frames: int) -> None:
+    """Bring clustering and gaps that `num_frames` frames show nearer to those of `source`; in place.
 
-    A single frame may well be one clump, of cells that elsewhere lie apart.
+    A single frame may well be one clump, of cells that elsewhere lie apart, or show no two cells that touch. And hardly
+    any cell of a few frames is in mitosis or dying: a share of `BRIGHT_RATE` is.
     """
-    own = num_frames / (num_frames + PRIOR_FRAMES)
-    clustering = own * population.config.clustering + (1 - own) * source.config.clustering
-    population.config = replace(population.config, clustering=clustering)
+    own, there = population.config, source.config
+    weight = num_frames / (num_frames + PRIOR_FRAMES)
+    larger = own.reach / there.reach if own.reach > 0 and there.reach > 0 else 1.0
+    theirs = [gap * larger for gap in there.gaps]
+    weights = [weight / len(own.gaps)] * len(own.gaps) + [(1 - weight) / len(theirs)] * len(theirs)
+    population.config = replace(
+        own,
+        clustering=weight * own.clustering + (1 - weight) * there.clustering,
+        gaps=_quantiles([*own.gaps, *theirs], weights),
+        clearance=round(weight * own.clearance + (1 - weight) * there.clearance * larger),
+        bright_rate=(1 - weight) * BRIGHT_RATE,
+    )
+
+
+def _quantiles(values: Sequence[float], weights: Sequence[float], num: int = 32) -> tuple[int, ...]:
+    """Weighted quantiles in the middle of `num` equal parts, whole numbers, ascending."""
+    order = np.argsort(values, kind="stable")
+    ends = np.cumsum(np.asarray(weights)[order])
+    at = np.searchsorted(ends, (np.arange(num) + 0.5) / num * ends[-1])
+    return tuple(int(v) for v in np.asarray(values)[order][at].round())
 
 
 def borrow_styles(background: Background, source: Background) -> None:
@@ -88,8 +118,16 @@ def borrow_styles(background: Background, source: Background) -> None:
             mean[i] = there[i] + (brighter if name.startswith("texture") else 0.0)
         if name in ("height", "width"):
             other[:, i] = there[i]  # the size of frames is no property of what they show
+    density = names.index("density")
+    spread = float(np.nanstd(other[:, density].numpy()))
+    if spread > 0:
+        other[:, density] = there[density] + (other[:, density] - there[density]) * max(LEAST_SPREAD / spread, 1.0)
     table = borrow_spread(own, other, PRIOR_FRAMES, mean)
     if table is not own:
+        if background.config.ndim == 2:
+            empty = table[torch.linspace(0, len(table) - 1, math.ceil(EMPTY * len(table))).long()]
+            empty[:, density] = torch.nan
+            table = torch.cat([table, empty])
         values = torch.where(positive, table.exp(), table)
         background.table = torch.nan_to_num(values, nan=0.0).float().to(background.device)
         jitter = fit_jitter(background.table.cpu().numpy(), background.config.bandwidth, names, positive_names)

@@ -35,7 +35,7 @@ from synthaug.generators.surface import NeuSSurface, SurfaceConfig
 from synthaug.generators.texture import TextureDiffusion
 from synthaug.hub import ALIASES, embedded_cascades
 from synthaug.training import recipes
-from synthaug.training.borrowing import borrow_clustering, borrow_styles
+from synthaug.training.borrowing import borrow_placement, borrow_styles
 from synthaug.training.loop import LoopResult
 from synthaug.training.material import Frames, Pair, Volumes
 from synthaug.training.multiview import fit_multiview
@@ -141,7 +141,7 @@ def fit(
     def fit_population() -> PopulationSynthesis:
         stage = material.fit_population()
         if source is not None:
-            borrow_clustering(stage, source.population, len(pairs))
+            borrow_placement(stage, source.population, len(pairs))
         return stage
 
     population = _once(work, "population", PopulationSynthesis, fit_population, log)
