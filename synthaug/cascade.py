@@ -326,6 +326,7 @@ class Cascade(nn.Module):
             asked = self.num_cells(keys, shape, num_cells=num_cells, density=density)
             picks = [_pick(k.child("pick"), n, len(cells)) for k, n in zip(keys, asked)]
         noise = self.population.draw([k.child("place") for k in keys], shape, [len(p) for p in picks])
+        cells = cells.to(self.background.device)  # those of a frame without any are made where the networks are
         scenes = self.population(cells, picks, noise, shape, clustering=clustering)
         asked_for, placed = int(scenes.num_requested.sum()), int(scenes.num_placed.sum())
         if placed < REACHED * asked_for:
@@ -377,6 +378,7 @@ class Cascade(nn.Module):
         count = self.population.num_cells([key.child("count")], shape, density, num_cells=asked)[0]
         noise = self.population.draw([key.child("place")], shape, [count])
         picks = [_pick(key.child("pick"), count, len(cells))]
+        cells = cells.to(self.background.device)
         scenes = self.population(cells, picks, noise, shape, clustering=clustering, occupied=labels[None])
         styles = self.background.styles_of(image, labels)
         out = self.background.add_cells(image[None], scenes.light, styles, self.background.draw([key], shape))

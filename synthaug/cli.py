@@ -308,7 +308,12 @@ def experiment(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default 8, or 2 in 3D.")] = None,
     size: Annotated[str | None, typer.Option(help="Of patches, default 192x192; 3D: of samples, 32x96x96.")] = None,
     crop: Annotated[str | None, typer.Option(help="Trained on, default 128x128, or 80x80 in 3D.")] = None,
-    ratio: Annotated[float, typer.Option(min=0, max=1, help="Share of synthetic samples in a mix.")] = 0.5,
+    ratio: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Share of synthetic samples in a mix; by default half, more beside under 8 patches."
+        ),
+    ] = None,
     max_reuse: Annotated[int, typer.Option(min=1, help="Uses of a synthetic cell.")] = 64,
     min_area: Annotated[int | None, typer.Option(min=1, help="Smallest instance; default 20 px, or 50 voxels.")] = None,
     photons: Annotated[float | None, typer.Option(help="See all images through a camera as dim as this.")] = None,

@@ -163,6 +163,16 @@ def test_pasting_adds_cells_and_leaves_the_others(cascade, cells):
     assert (counts >= cascade.config.min_area).all()
 
 
+@pytest.mark.gpu
+def test_frames_without_cells_beside_networks_on_a_gpu():
+    """What an empty frame is made of had been left where the networks are."""
+    cascade = Cascade.from_pretrained("nuclei-2d").networks_to("cuda")
+    stream = SynthDataset(cascade, size=(64, 64), batch_size=2, num_cells=0, num_batches=1, num_lanes=1)
+    (batch,) = stream.loader(num_workers=0)
+    assert int(batch["label"].max()) == 0
+    assert float(batch["image"].std()) > 0
+
+
 def test_generate_uses_every_cell_once_and_resumes_by_key(cascade):
     one = cascade.generate(keys(2), (64, 64), num_cells=3)
     two = cascade.generate(keys(2)[1:], (64, 64), num_cells=3)

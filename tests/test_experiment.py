@@ -88,13 +88,19 @@ def test_all_arms_of_frames(data: Path, tmp_path: Path, fits: list[dict[str, Any
         assert np.array_equal(one[0], two[0]), "the cascade sees the annotations of the real arm"
         assert np.array_equal(one[1], two[1])
     shares = {r["arm"]: r["synthetic"] / (r["synthetic"] + r["real"]) for r in results}
-    assert shares == {"real": 0, "real+copy-paste": 0.5, "synthetic": 1, "both": 0.5}
+    mixed = 0.75  # floor(4 * 15 / 16) samples
+    assert shares == {"real": 0, "real+copy-paste": mixed, "synthetic": 1, "both": mixed}
     for r in results:
         assert r["synthetic"] + r["real"] == 4, "two steps of two samples for every arm"
         assert 0 <= r["seg"] <= 1
         assert r["num_truth"] == sum(int(ellipse_frame(seed, (100, 110))[1].max()) for seed in range(8, 11))
         assert len(r["loss"]) == 2
         assert (tmp_path / "out" / "runs" / f"{r['arm']}-1-0.safetensors").is_file()
+
+
+def test_the_share_of_synthetic_samples() -> None:
+    assert [ExperimentConfig().ratio_of(num) for num in (2, 8, 64)] == [0.875, 0.5, 0.5]
+    assert {ExperimentConfig(ratio=0.3).ratio_of(num) for num in (1, 4, None)} == {0.3}
 
 
 def test_it_goes_on_where_it_was(data: Path, tmp_path: Path, fits: list[dict[str, Any]], monkeypatch: Any) -> None:

@@ -33,7 +33,8 @@ class ExperimentConfig:
         batch_size: Samples a step.
         size: ((Z,) Y, X) of patches and synthetic samples.
         crop: (Y, X) of what is cut out of them at random to train on, multiples of 8.
-        ratio: Share of synthetic samples in `both` and `real+copy-paste`.
+        ratio: Share of synthetic samples in `both` and `real+copy-paste`; None goes by how many annotated patches there are,
+            see `ratio_of`.
         max_reuse: Uses of a synthetic cell.
         learning_rate: Peak rate.
         min_area: Smallest instance that counts, in truth and prediction, pixels (voxels).
@@ -56,7 +57,7 @@ class ExperimentConfig:
     batch_size: int = 8
     size: tuple[int, ...] = (192, 192)
     crop: tuple[int, int] = (128, 128)
-    ratio: float = 0.5
+    ratio: float | None = None
     max_reuse: int = 64
     learning_rate: float = 3e-3
     min_area: int = 20
@@ -93,6 +94,19 @@ class ExperimentConfig:
     def ndim(self) -> int:
         """2 for frames, 3 for volumes."""
         return len(self.size)
+
+    def ratio_of(self, num: int | None) -> float:
+        """Share of synthetic samples beside so many annotated patches, None for all.
+
+        Half of them, but more where annotations are few: a patch that comes again in every batch teaches nothing new, and its
+        own dimness and density all the more. Every annotated patch makes up a sixteenth of the samples at most.
+
+        >>> [ExperimentConfig().ratio_of(num) for num in (1, 4, 16, None)]
+        [0.9375, 0.75, 0.5, 0.5]
+        """
+        if self.ratio is not None:
+            return self.ratio
+        return 0.5 if num is None else 1 - min(0.5, num / 16)
 
     def runs(self) -> list[Run]:
         """All trainings, those without a cascade first."""

@@ -124,7 +124,8 @@ def train_arm(task: Task, run: Run, log: Log = lambda line: None) -> dict[str, A
     config, folder = task.config, Path(task.out) / "runs"
     annotated = task.annotated(run.num, run.seed, run.arm)
     test = task.pairs(task.test)
-    ratio = {"synthetic": 1.0, "both": config.ratio, "real+copy-paste": config.ratio}.get(run.arm, 0.0)
+    mixed = config.ratio_of(run.num)
+    ratio = {"synthetic": 1.0, "both": mixed, "real+copy-paste": mixed}.get(run.arm, 0.0)
     size = config.size[-2:] if run.arm == "real-2d" else config.size
     stream = SynthDataset(
         _generator(task, run, annotated),
