@@ -13,11 +13,11 @@ from synthaug.generators.background import Background
 from synthaug.generators.population import PopulationSynthesis
 from synthaug.randomness import SampleKey
 from synthaug.training.borrowing import (
-    BRIGHT_RATE,
     CROWDED,
     EMPTY,
     ENOUGH,
     LEAST_SPREAD,
+    ODD_RATE,
     PRIOR_FRAMES,
     borrow_placement,
     borrow_spread,
@@ -98,7 +98,7 @@ def test_one_frame_does_not_tell_how_cells_lie() -> None:
         share = sum(gap == 9 for gap in config.gaps) / len(config.gaps)
         assert share == pytest.approx(weight, abs=0.04)
         assert config.clearance == pytest.approx(source.config.clearance + 10 * weight, abs=0.51)
-        assert config.bright_rate == pytest.approx(BRIGHT_RATE * (1 - weight))
+        assert config.odd_rate == pytest.approx(ODD_RATE * (1 - weight))
 
 
 def test_gaps_are_borrowed_for_the_size_of_the_own_cells() -> None:

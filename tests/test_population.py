@@ -13,7 +13,7 @@ from torch import Tensor
 
 from synthaug.errors import InputError
 from synthaug.generators import layout
-from synthaug.generators.population import BRIGHT, PopulationConfig, PopulationSynthesis
+from synthaug.generators.population import ODD, PopulationConfig, PopulationSynthesis
 from synthaug.kernels.compositing import resample
 from synthaug.randomness import SampleKey
 from synthaug.types import Cells, Scenes
@@ -106,19 +106,21 @@ def test_occupied_pixels_are_left_alone() -> None:
     assert int(occupied.max()) == 700
 
 
-def test_a_share_of_the_cells_is_very_bright() -> None:
-    usual, key = PopulationSynthesis(PopulationConfig()), SampleKey(0, ("bright",))
-    rare = PopulationSynthesis(PopulationConfig(bright_rate=0.1))
+def test_a_share_of_the_cells_is_very_dim_or_very_bright() -> None:
+    usual, key = PopulationSynthesis(PopulationConfig()), SampleKey(0, ("odd",))
+    rare = PopulationSynthesis(PopulationConfig(odd_rate=0.3))
     gains = [stage.draw([key], (8, 8), [4000])["gain"][0] for stage in (usual, rare)]
-    ratio = gains[1] / gains[0]
+    ratio = (gains[1] / gains[0]).log()
     assert float(gains[0].max()) < 1.2
-    assert set(ratio[ratio < BRIGHT[0] * 0.99].tolist()) == {1.0}
-    bright = ratio[ratio >= BRIGHT[0] * 0.99]
-    assert len(bright) / 4000 == pytest.approx(0.1, abs=0.015)
-    assert float(bright.max()) <= BRIGHT[1] * 1.01
-    assert float(bright.log().mean()) == pytest.approx(np.log(BRIGHT).mean(), abs=0.05)
-    with pytest.raises(InputError, match="bright_rate"):
-        PopulationConfig(bright_rate=1.5)
+    low, high = np.log(ODD)
+    odd = ratio[ratio.abs() > 0.9 * low]
+    assert set(ratio[ratio.abs() <= 0.9 * low].tolist()) == {0.0}
+    assert len(odd) / 4000 == pytest.approx(0.3, abs=0.02)
+    assert float((odd < 0).float().mean()) == pytest.approx(2 / 3, abs=0.04)
+    assert float(odd.abs().max()) <= high + 0.01
+    assert float(odd.abs().mean()) == pytest.approx((low + high) / 2, abs=0.04)
+    with pytest.raises(InputError, match="odd_rate"):
+        PopulationConfig(odd_rate=1.5)
 
 
 def test_light_adds_up_with_brightness_and_gain() -> None:
@@ -259,7 +261,7 @@ def test_wrong_numbers_are_named() -> None:
             STAGE.num_cells(keys, (9, 9), torch.zeros(1), num_cells=wrong)
     with pytest.raises(InputError, match="density"):
         STAGE.num_cells(keys, (9, 9), torch.zeros(2))
-    for fields in ({"clustering": 1.2}, {"min_area": 0}, {"gaps": ()}, {"reach": -1.0}, {"bright_rate": 2.0}):
+    for fields in ({"clustering": 1.2}, {"min_area": 0}, {"gaps": ()}, {"reach": -1.0}, {"odd_rate": 2.0}):
         with pytest.raises(InputError, match="PopulationConfig"):
             PopulationConfig(**fields)
 

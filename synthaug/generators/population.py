@@ -30,8 +30,8 @@ from synthaug.types import Cells, Scenes
 DEEPEST_FURROW = 0.5
 """Share of a cell's light that is missing at most where it is pressed against another."""
 
-BRIGHT = (1.5, 4.0)
-"""By how much a very bright cell is brighter than it would be, drawn evenly on a logarithmic scale."""
+ODD = (1.5, 4.0)
+"""By how much a very bright (dim) cell is brighter (dimmer) than it would be, drawn evenly on a logarithmic scale."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class PopulationConfig:
         dispersion: variance over mean of the number of cells in small windows of one frame; 0 = none, 1 = Poisson's.
         num_tries: candidate positions a cell gets in each way of placing.
         gain_sigma: standard deviation of the log of the brightness gain a cell gets every time it is used.
-        bright_rate: share of the uses, in [0, 1], in which a cell is brighter than all others besides, as cells in
-            mitosis and dying ones are: by a factor of `BRIGHT`.
+        odd_rate: share of the uses, in [0, 1], in which a cell is much dimmer or brighter besides, as cells out of focus and
+            cells in mitosis are: by a factor of `ODD`, two of three times dimmer.
         z_spacing: pixels of the image plane from plane to plane, > 0; gaps and clearances along z are counted with it.
         reach_z: planes by which a volume grows along Z, as `reach`.
         mirror_z: whether cells of volumes are also mirrored along z.
@@ -66,7 +66,7 @@ class PopulationConfig:
     dispersion: float = 0.0
     num_tries: int = 64
     gain_sigma: float = 0.04
-    bright_rate: float = 0.0
+    odd_rate: float = 0.0
     z_spacing: float = 1.0
     reach_z: float = 0.0
     mirror_z: bool = True
@@ -75,14 +75,14 @@ class PopulationConfig:
     def __post_init__(self) -> None:
         if isinstance(self.region, dict):  # from a config file
             object.__setattr__(self, "region", Region(**self.region))
-        probabilities = self.clustering, self.bright_rate
+        probabilities = self.clustering, self.odd_rate
         if (
             self.min_area < 1
             or self.num_tries < 1
             or self.z_spacing <= 0
             or not all(0 <= p <= 1 for p in probabilities)
         ):
-            expected = "min_area, num_tries >= 1, clustering and bright_rate in [0, 1], z_spacing > 0"
+            expected = "min_area, num_tries >= 1, clustering and odd_rate in [0, 1], z_spacing > 0"
             raise InputError("PopulationConfig", expected=expected, got=self)
         lowest = min(self.clearance, self.reach, self.reach_z, self.dispersion, self.gain_sigma)
         if not self.gaps or lowest < 0:
@@ -289,9 +289,11 @@ class PopulationSynthesis(Stage):
 
     def _gains(self, random: np.random.Generator, count: int) -> NDArray[np.float64]:
         gains = np.exp(self.config.gain_sigma * random.standard_normal(count))
-        if self.config.bright_rate > 0:  # asked first: streams without keep their random numbers
-            bright = random.random(count) < self.config.bright_rate
-            gains *= np.where(bright, np.exp(random.uniform(math.log(BRIGHT[0]), math.log(BRIGHT[1]), count)), 1.0)
+        if self.config.odd_rate > 0:  # asked first: streams without keep their random numbers
+            odd = random.random(count) < self.config.odd_rate
+            sign = np.where(random.random(count) < 2 / 3, -1.0, 1.0)
+            factor = np.exp(sign * random.uniform(math.log(ODD[0]), math.log(ODD[1]), count))
+            gains *= np.where(odd, factor, 1.0)
         return gains
 
     def _values_3d(self, random: np.random.Generator, count: int, flat: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
