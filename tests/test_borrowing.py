@@ -81,7 +81,7 @@ def test_few_frames_are_joined_by_empty_and_by_crowded_ones() -> None:
     told = background.table[:, density]
     assert float((told == 0).float().mean()) == pytest.approx(EMPTY, abs=0.01)
     borrowed = told[(told > 0) & (told != own)]
-    assert float(borrowed.log().std(correction=0)) == pytest.approx(LEAST_SPREAD, rel=0.05)
+    assert float(borrowed.log().std(correction=0)) == pytest.approx(LEAST_SPREAD["density"], rel=0.05)
     assert background.table[told == 0].isfinite().all()
 
 
@@ -106,6 +106,22 @@ def test_gaps_are_borrowed_for_the_size_of_the_own_cells() -> None:
     larger = PopulationSynthesis(replace(source.config, gaps=(0,), reach=3 * source.config.reach))
     borrow_placement(larger, source, 4)
     assert set(larger.config.gaps) == {0, 12}
+
+
+def test_volumes_borrow_numbers_and_brightness_of_cells_from_frames() -> None:
+    image, labels = ellipsoid_volume(0)
+    background, source = Background.fit([image], [labels]), Cascade.from_pretrained("nuclei-2d").background
+    alone = background.table[0].clone()
+    borrow_styles(background, source)
+    table = background.table
+    assert table.isfinite().all()
+    for i, name in enumerate(background.names):
+        if name in LEAST_SPREAD:
+            borrowed = table[table[:, i] != alone[i], i].log()
+            assert float(borrowed.std()) >= 0.75 * LEAST_SPREAD[name], "wide deviations are cut"
+            assert float(borrowed.mean()) == pytest.approx(float(alone[i].log()), abs=0.1)
+        else:
+            assert torch.allclose(table[:, i], alone[i].expand(len(table)), rtol=1e-5), name
 
 
 def test_frames_do_not_borrow_from_volumes() -> None:

@@ -30,8 +30,9 @@ MOST = 128
 ENOUGH = 10
 """Nothing is borrowed where there are so many times more own rows than the borrowed ones would weigh."""
 
-LEAST_SPREAD = 0.5
-"""Standard deviation of the logarithm of the cells' density between frames, at least: few data sets are as even as theirs."""
+LEAST_SPREAD = {"density": 0.5, "brightness": 0.35}
+"""Standard deviation between frames of the logarithm of the cells' density, and between volumes of the logarithm of their
+brightness, too, at least: few data sets are as even as one frame suggests."""
 
 EMPTY = 0.04
 """Share of frames without cells beside the others: a network that never saw one finds cells in the noise of the first."""
@@ -41,8 +42,8 @@ CROWDED = 0.5
 From four frames of BBBC039 in which 9 % did, networks merged a fifth of all cells (`benchmarks/evidence.md`)."""
 
 ODD_RATE = 0.09
-"""Share of very dim and very bright cells where no frame tells. In three annotated data sets of nuclei 5 % have less than .42 to
-.60 of the contrast usual in their frame and 5 % more than 1.4 to 1.7, 1 % of crops one of three times as much; streams of
+"""Share of very dim and very bright cells where no frame tells. In three annotated data sets of nuclei 5 % have less than .42
+to .60 of the contrast usual in their frame and 5 % more than 1.4 to 1.7, 1 % of crops one of three times as much; streams of
 cascades adapted to four patches had .60 to .71 and 1.4 to 1.6, and networks trained on them missed the dim ones."""
 
 WIDEST = 1.4
@@ -107,18 +108,26 @@ def _quantiles(values: Sequence[float], weights: Sequence[float], num: int = 32)
 def borrow_styles(background: Background, source: Background) -> None:
     """Let frames differ as much as those of `source` do, where there are too few own ones to tell; in place.
 
-    Of haze and texture that no own frame shows there is as much, for the brightness of the cells, as in `source`.
+    Of haze and texture that no own frame shows there is as much, for the brightness of the cells, as in `source`. Volumes
+    borrow from frames only how many cells there are and how bright they are.
+
+    Raises:
+        InputError: frames are to borrow from volumes.
     """
-    names, positive_names = (NAMES, POSITIVE) if background.config.ndim == 2 else (VOLUME_NAMES, VOLUME_POSITIVE)
-    if background.names != source.names:
-        raise InputError("source", expected=f"one of {background.config.ndim}D data", got=f"{source.config.ndim}D")
+    frames = background.config.ndim == 2
+    names, positive_names = (NAMES, POSITIVE) if frames else (VOLUME_NAMES, VOLUME_POSITIVE)
+    if frames and background.names != source.names:
+        raise InputError("source", expected="one of 2D data", got=f"{source.config.ndim}D")
     positive = torch.tensor([name in positive_names for name in names])
 
     def additive(table: Tensor) -> Tensor:
         rows = table.detach().cpu().double()
         return torch.where(positive, torch.where(rows > 0, rows.clamp_min(1e-12).log(), torch.nan), rows)
 
-    own, other = additive(background.table), additive(source.table)
+    own, other = additive(background.table), _by_name(source, names)
+    if background.names != source.names:
+        other[:, [name not in ("density", "brightness") for name in names]] = torch.nan
+    other = additive(other)
     mean, there = own.nanmean(0), other.nanmean(0)
     brighter = mean[names.index("brightness")] - there[names.index("brightness")]
     for i, name in enumerate(names):
@@ -128,12 +137,14 @@ def borrow_styles(background: Background, source: Background) -> None:
         if name in ("height", "width"):
             other[:, i] = there[i]  # the size of frames is no property of what they show
     density = names.index("density")
-    spread = float(np.nanstd(other[:, density].numpy()))
-    if spread > 0:
-        other[:, density] = there[density] + (other[:, density] - there[density]) * max(LEAST_SPREAD / spread, 1.0)
+    for name, least in LEAST_SPREAD.items() if not frames else (("density", LEAST_SPREAD["density"]),):
+        i = names.index(name)
+        spread = float(np.nanstd(other[:, i].numpy()))
+        if spread > 0:
+            other[:, i] = there[i] + (other[:, i] - there[i]) * max(least / spread, 1.0)
     table = borrow_spread(own, other, PRIOR_FRAMES, mean)
     if table is not own:
-        if background.config.ndim == 2:
+        if frames:
             empty = table[torch.linspace(0, len(table) - 1, math.ceil(EMPTY * len(table))).long()]
             empty[:, density] = torch.nan
             table = torch.cat([table, empty])
@@ -141,3 +152,10 @@ def borrow_styles(background: Background, source: Background) -> None:
         background.table = torch.nan_to_num(values, nan=0.0).float().to(background.device)
         jitter = fit_jitter(background.table.cpu().numpy(), background.config.bandwidth, names, positive_names)
         background.jitter = torch.from_numpy(jitter).to(background.device)
+
+
+def _by_name(source: Background, names: Sequence[str]) -> Tensor:
+    """The table of `source` with these columns, NaN where it has none of that name."""
+    table = source.table.detach().cpu()
+    unknown = torch.full((len(table),), torch.nan)
+    return torch.stack([table[:, source.names.index(n)] if n in source.names else unknown for n in names], 1)

@@ -221,7 +221,7 @@ def fit(
         **extra,
     )
     notes += material.calibrate(cascade, seed)
-    if source is not None and source.ndim == ndim:
+    if source is not None:
         borrow_styles(cascade.background, source.background)  # last, as what comes before goes by a row for each image
     for line in notes:
         log(line)
