@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
@@ -17,6 +18,9 @@ SDF_LIMIT = 8.0
 
 CONTACT_SIGMA = 1.0
 """Blur of the edge that cells pressed together share, pixels: about as soft as the outer borders of embedded cascades."""
+
+CONTACT_REACH = 3
+"""Pixels (planes) around a cell in which it is dimmed by those it is pressed against."""
 
 BLOCK = 64
 """Slices resampled at a time."""
@@ -131,10 +135,25 @@ def composite(
             part = values[i][inside] * factors[i]
             if pressed is not None:
                 masks, labels, furrow = pressed
-                there = labels[frames[i]].numpy()[spans]
-                others = (there > 0) & (there < label)
-                if (others & masks[i].numpy()[inside]).any():
-                    cover = ndimage.gaussian_filter(others.astype(np.float32), CONTACT_SIGMA)
-                    part *= (1 - cover) * (1 - float(furrow[i]) * 4 * cover * (1 - cover))
+                _press(part, masks[i].numpy()[inside], labels[frames[i]].numpy()[spans], label, float(furrow[i]))
             light[frames[i]][spans] += part
     return torch.from_numpy(light)
+
+
+def _press(
+    part: NDArray[np.float32], mask: NDArray[np.bool_], there: NDArray[np.int32], label: int, furrow: float
+) -> None:
+    """Dim the light of one cell where it is pressed against cells placed before it; in place, all arrays [(Z,) Y, X]."""
+    near = []
+    for axis in range(mask.ndim):  # no farther than the cell's light reaches: most of a crop is margin
+        rows = np.flatnonzero(mask.any(tuple({0, 1, 2} - {axis, *range(mask.ndim, 3)})))
+        if not len(rows):
+            return
+        near.append(slice(max(rows[0] - CONTACT_REACH, 0), rows[-1] + CONTACT_REACH + 1))
+    window = tuple(near)
+    others = (there[window] > 0) & (there[window] < label)
+    if (others & mask[window]).any():
+        cover = ndimage.gaussian_filter(
+            others.astype(np.float32), CONTACT_SIGMA, truncate=CONTACT_REACH / CONTACT_SIGMA
+        )
+        part[window] *= (1 - cover) * (1 - furrow * 4 * cover * (1 - cover))
