@@ -184,20 +184,18 @@ def presses(labels: Labels) -> NDArray[np.float64]:
     return np.maximum(np.array(depths, np.float64) - TOUCHING, 0.0)
 
 
-def near_gaps(
-    gaps: NDArray[np.float64], diameter: float, presses: NDArray[np.float64] | None = None
-) -> tuple[int, ...]:
+def near_gaps(gaps: NDArray[np.float64], diameter: float, frames: Sequence[Labels]) -> tuple[int, ...]:
     """Quantiles of the gaps between cells that lie next to each other, whole pixels.
 
     Args:
         gaps: of `neighbour_gaps`.
         diameter: of a typical cell, pixels.
-        presses: of `presses`; cells that touch are pressed together by as much. Half a radius is the most.
+        frames: labels in which cells that touch tell by how much they are pressed together. Half a radius is the most.
     """
     near = np.sort(gaps[gaps <= max(diameter / 8, 1)])  # farther neighbours are there without clustering, too
     touching = int((near == 0).sum())
-    if presses is not None and len(presses) and touching:
-        depths = np.minimum(presses, diameter / 4)
+    depths = np.minimum(np.concatenate([presses(frame) for frame in frames]), diameter / 4)
+    if len(depths) and touching:
         near[:touching] = -np.quantile(depths, 1 - (np.arange(touching) + 0.5) / touching)
     return tuple(int(g) for g in np.quantile(near, (np.arange(32) + 0.5) / 32).round()) if len(near) else (0,)
 

@@ -513,8 +513,7 @@ def _fit_frames(
     if not real:
         return {"clustering": 0.0, "gaps": (0,)}
     pooled, diameter = np.concatenate(real), _diameter(masks)
-    presses = np.concatenate([layout.presses(frame) for frame in frames])
-    config = replace(config, gaps=layout.near_gaps(pooled, diameter, presses))
+    config = replace(config, gaps=layout.near_gaps(pooled, diameter, frames))
     cells, trials = layout.cells_of_masks(masks), []
     for i, frame in enumerate(frames):
         key, count = SampleKey(0, ("fit clustering", i)), len(real[i])
@@ -576,8 +575,7 @@ def _fit_volumes(
     pooled = np.concatenate([np.empty(0), *real])
     if not len(pooled):
         return config
-    presses = np.concatenate([layout.presses(frame) for frame in frames])
-    config = replace(config, gaps=layout.near_gaps(pooled, diameter, presses))
+    config = replace(config, gaps=layout.near_gaps(pooled, diameter, frames))
     chosen = np.unique(np.linspace(0, len(volumes) - 1, 16).round().astype(int))
     trials = [_trial_volume(config, cells, i, volumes[i].shape, round(counts[i])) for i in chosen if planes[i]]
 

@@ -22,7 +22,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
-from synthaug.kernels.placement import LEAST_LEFT, _jit, _largest_part
+from synthaug.kernels.placement import LEAST_LEFT, _fits, _jit, _largest_part
 
 
 @_jit("int64(uint8[:,:,::1], uint64[:,:,::1], int32[:,::1])")
@@ -683,10 +683,6 @@ def place_cells_3d_reference(
                 break
         first += count
     return torch.from_numpy(labels), torch.from_numpy(corners)
-
-
-def _fits(part: NDArray[np.bool_], min_volume: int) -> bool:
-    return bool(part.sum() >= max(min_volume, 1) and ndimage.label(part)[1] == 1)
 
 
 def _taken_under(mask: NDArray[np.bool_], corner: NDArray[np.int64], taken: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -137,11 +137,11 @@ def borrow_styles(background: Background, source: Background) -> None:
         if name in ("height", "width"):
             other[:, i] = there[i]  # the size of frames is no property of what they show
     density = names.index("density")
-    for name, least in LEAST_SPREAD.items() if not frames else (("density", LEAST_SPREAD["density"]),):
+    for name in ("density",) if frames else LEAST_SPREAD:
         i = names.index(name)
         spread = float(np.nanstd(other[:, i].numpy()))
         if spread > 0:
-            other[:, i] = there[i] + (other[:, i] - there[i]) * max(least / spread, 1.0)
+            other[:, i] = there[i] + (other[:, i] - there[i]) * max(LEAST_SPREAD[name] / spread, 1.0)
     table = borrow_spread(own, other, PRIOR_FRAMES, mean)
     if table is not own:
         if frames:
