@@ -144,13 +144,11 @@ def _press(
     part: NDArray[np.float32], mask: NDArray[np.bool_], there: NDArray[np.int32], label: int, furrow: float
 ) -> None:
     """Dim the light of one cell where it is pressed against cells placed before it; in place, all arrays [(Z,) Y, X]."""
-    near = []
-    for axis in range(mask.ndim):  # no farther than the cell's light reaches: most of a crop is margin
-        rows = np.flatnonzero(mask.any(tuple({0, 1, 2} - {axis, *range(mask.ndim, 3)})))
-        if not len(rows):
-            return
-        near.append(slice(max(rows[0] - CONTACT_REACH, 0), rows[-1] + CONTACT_REACH + 1))
-    window = tuple(near)
+    box = next(iter(ndimage.find_objects(mask.view(np.uint8))), None)
+    if box is None:
+        return
+    # No farther than the cell's light reaches: most of a crop is margin.
+    window = tuple(slice(max(s.start - CONTACT_REACH, 0), s.stop + CONTACT_REACH) for s in box)
     others = (there[window] > 0) & (there[window] < label)
     if (others & mask[window]).any():
         cover = ndimage.gaussian_filter(
