@@ -1,6 +1,7 @@
 """Cascade: joins the stages, and nothing else does.
 
     2D  keys -> MaskDDPM -> TextureDiffusion -> Cells                                     the costly half, `cells`
+        (a share of the cells by stages of another cascade, "lent" ones, where few cells were annotated)
     3D  keys -> MaskDDPM -> MultiviewDiffusion -> NeuSSurface -> Slicing -> TextureDiffusion -> Cells
         Cells, keys -> PopulationSynthesis -> Background -> Population                    the cheap half, `populate`
 
@@ -19,7 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,8 @@ STAGES: dict[str, type[Stage]] = {
     "texture": TextureDiffusion,
     "population": PopulationSynthesis,
     "background": Background,
+    "lent_masks": MaskDDPM,
+    "lent_texture": TextureDiffusion,
 }
 """Every stage a cascade can have, in the order of the flow."""
 
@@ -71,6 +74,8 @@ class CascadeConfig:
         min_area: Smallest instance, pixels (3D: voxels).
         voxel_size_um: (Z, Y, X) of the real data in micrometres, Z of no meaning in 2D; None if unknown.
         intensity: Data type of the real images, for writing synthetic ones ("uint8", "uint16" or "float32").
+        lent_share: Share of the cells that the lent stages make.
+        lent_zoom: Size that a lent cell is brought to, between 1, its own, and this (even odds for every factor).
     """
 
     name: str = "unnamed"
@@ -78,6 +83,8 @@ class CascadeConfig:
     min_area: int = 20
     voxel_size_um: tuple[float, float, float] | None = None
     intensity: str = "uint16"
+    lent_share: float = 0.0
+    lent_zoom: float = 1.0
 
     def __post_init__(self) -> None:
         if self.block_size < 8 or self.block_size % 8:
@@ -85,6 +92,18 @@ class CascadeConfig:
             raise InputError("block_size", expected="a multiple of 8", got=self.block_size)
         if self.voxel_size_um is not None and (len(self.voxel_size_um) != 3 or min(self.voxel_size_um) <= 0):
             raise InputError("voxel_size_um", expected="(Z, Y, X) > 0 in micrometres", got=self.voxel_size_um)
+        if not 0 <= self.lent_share <= 1 or self.lent_zoom <= 0:
+            got = f"{self.lent_share} and {self.lent_zoom}"
+            raise InputError("lent_share, lent_zoom", expected="one in [0, 1] and one > 0", got=got)
+
+
+class Origin(NamedTuple):
+    """The stages that make some of the cells asked for, which of them, and the factor each one's size is multiplied by."""
+
+    masks: MaskDDPM
+    texture: TextureDiffusion
+    which: list[int]
+    zoom: dict[int, float]
 
 
 class Cascade(nn.Module):
@@ -95,6 +114,8 @@ class Cascade(nn.Module):
         masks, texture, background, population: The trained stages.
         multiview, surface, slicing: Those that only a 3D cascade has.
         prior: Shapes without weights, in place of what MaskDDPM draws (2D) or of views and surface (3D).
+        lent_masks, lent_texture: Those of another 2D cascade, which make `lent_share` of the cells: whoever learns from the
+            cells of a few annotated ones meets others, too.
 
     >>> cascade = Cascade.from_pretrained("nuclei-2d")
     >>> population = cascade.generate([SampleKey(0, ("frame", 0))], size=(256, 256))
@@ -114,9 +135,15 @@ class Cascade(nn.Module):
         surface: NeuSSurface | None = None,
         slicing: Slicing | None = None,
         prior: ShapePrior | None = None,
+        lent_masks: MaskDDPM | None = None,
+        lent_texture: TextureDiffusion | None = None,
     ) -> None:
         super().__init__()
-        sizes = {s.config.crop_size for s in (masks, texture, slicing) if s is not None}
+        lent = (lent_masks, lent_texture)
+        if (None in lent) != (config.lent_share == 0) or (slicing is not None and lent != (None, None)):
+            expected = "lent_masks, lent_texture and a lent_share in 2D, or none of them"
+            raise InputError("Cascade", expected=expected, got=f"lent_share {config.lent_share}")
+        sizes = {s.config.crop_size for s in (masks, texture, slicing, *lent) if s is not None}
         if len(sizes) > 1:
             raise InputError("Cascade", expected="masks, slicing and texture of one crop size", got=sorted(sizes))
         if slicing is not None and prior is None and (multiview is None or surface is None):
@@ -126,6 +153,7 @@ class Cascade(nn.Module):
         self.config = config
         self.masks, self.texture, self.background, self.population = masks, texture, background, population
         self.multiview, self.surface, self.slicing, self.prior = multiview, surface, slicing, prior
+        self.lent_masks, self.lent_texture = lent
         self.rejects: Counter[str] = Counter()
         self.eval().requires_grad_(False)
 
@@ -139,7 +167,7 @@ class Cascade(nn.Module):
 
         Placement, light and camera run in kernels of the CPU, beside which a GPU would only wait. `to` moves all.
         """
-        for stage in (self.masks, self.multiview, self.texture):
+        for stage in (self.masks, self.multiview, self.texture, self.lent_masks, self.lent_texture):
             if stage is not None:
                 stage.to(device)
         return self
@@ -185,12 +213,15 @@ class Cascade(nn.Module):
         """
         if not keys:
             raise InputError("keys", expected="at least one SampleKey", got="none")
+        origins = self._origins(keys)
         found: dict[int, Any] = {}  # CellMasks or Slices
-        waiting = list(range(len(keys)))
+        waiting = set(range(len(keys)))
         for attempt in range(MAX_ATTEMPTS):
-            outlines = self._outlines(keys, waiting, attempt)
-            found.update(outlines if self.slicing is None else self._volumes(keys, outlines, attempt))
-            waiting = [i for i in waiting if i not in found]
+            for origin in origins:
+                rest = origin._replace(which=[i for i in origin.which if i in waiting])
+                outlines = self._outlines(keys, rest, attempt)
+                found.update(outlines if self.slicing is None else self._volumes(keys, outlines, attempt))
+            waiting -= found.keys()
             if not waiting:
                 break
         if waiting:
@@ -199,19 +230,42 @@ class Cascade(nn.Module):
                 "this cascade's shapes are not trained enough; fit it with a larger --budget."
             )
         out = []
-        for block in _blocks(list(range(len(keys))), self.block_size):
-            rows = _pad(block, self.block_size)
-            shapes = type(found[0]).cat([found[i] for i in rows])
-            noise = self.texture.draw([keys[i].child("texture") for i in rows], self.num_slices)
-            out.append(self.texture(shapes, noise).select(slice(0, len(block))).to(self.background.device))
-        return Cells.cat(out)
+        for origin in origins:
+            for block in _blocks(origin.which, self.block_size):
+                rows = _pad(block, self.block_size)
+                shapes = type(found[0]).cat([found[i] for i in rows])
+                noise = origin.texture.draw([keys[i].child("texture") for i in rows], self.num_slices)
+                out.append(origin.texture(shapes, noise).select(slice(0, len(block))).to(self.background.device))
+        made = Cells.cat(out)
+        order = [i for origin in origins for i in origin.which]
+        if order == sorted(order):
+            return made
+        return made.select(torch.tensor(order, device=made.image.device).argsort())
 
-    def _outlines(self, keys: Sequence[SampleKey], which: list[int], attempt: int) -> dict[int, CellMasks]:
-        """The masks of `keys` at `which` that are good, by index."""
+    def _origins(self, keys: Sequence[SampleKey]) -> list[Origin]:
+        """Who makes which of the cells."""
+        share, zoom = self.config.lent_share, self.config.lent_zoom
+        own, lent = list(range(len(keys))), {}
+        if share > 0:
+            chance = [key.child("lent").numpy().random(2).tolist() for key in keys]
+            lent = {i: zoom**place for i, (whose, place) in enumerate(chance) if whose < share}
+            own = [i for i in own if i not in lent]
+        origins = [Origin(self.masks, self.texture, own, {})]
+        if lent:
+            assert self.lent_masks is not None
+            assert self.lent_texture is not None
+            origins.append(Origin(self.lent_masks, self.lent_texture, list(lent), lent))
+        return origins
+
+    def _outlines(self, keys: Sequence[SampleKey], origin: Origin, attempt: int) -> dict[int, CellMasks]:
+        """The masks of `keys` at `origin.which` that are good, by index."""
         good = {}
-        for block in _blocks(which, self.block_size):
+        for block in _blocks(origin.which, self.block_size):
             drawn = _pad([keys[i].child("mask", attempt) for i in block], self.block_size)
-            masks, rejects = self.masks(self.masks.draw(drawn))
+            masks, rejects = origin.masks(origin.masks.draw(drawn))
+            if origin.zoom:
+                zoom = torch.tensor([origin.zoom[i] for i in _pad(block, self.block_size)], device=masks.scale.device)
+                masks = replace(masks, scale=masks.scale * zoom)
             if self.prior is not None and self.slicing is None:
                 masks = self.prior.outlines(masks, self.prior.draw(drawn))
                 rejects = [None] * len(masks)
@@ -417,6 +471,8 @@ class Cascade(nn.Module):
                 digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         config = asdict(self.config)
         digest.update(str([config["block_size"], config["min_area"]]).encode())
+        if self.config.lent_share:
+            digest.update(str([config["lent_share"], config["lent_zoom"]]).encode())
         return digest.hexdigest()
 
     def with_prior(self, kind: ShapeKind, *, num_masks: int = 256) -> Cascade:
@@ -432,7 +488,7 @@ class Cascade(nn.Module):
         keys = [SampleKey(0, ("prior", i)) for i in range(num_masks)]
         plain = copy.copy(self)
         plain.rejects = Counter()
-        drawn = plain._outlines(keys, list(range(num_masks)), 0)
+        drawn = plain._outlines(keys, Origin(self.masks, self.texture, list(range(num_masks)), {}), 0)
         prior = ShapePrior.fit(CellMasks.cat([drawn[i] for i in sorted(drawn)]).mask.cpu(), kind)
         stages = {name: stage for name, stage in self.stages().items() if name not in ("multiview", "surface", "prior")}
         return Cascade(self.config, **stages, prior=prior)
@@ -474,7 +530,9 @@ class Cascade(nn.Module):
             voxel_size_um=(new[0], new[1], new[2]),
             min_area=max(round(self.config.min_area / (z * plane**2)), 1),
         )
-        scaled.masks.attributes[:, 0] -= math.log(plane)
+        for masks in (scaled.masks, scaled.lent_masks):
+            if masks is not None:
+                masks.attributes[:, 0] -= math.log(plane)
         scaled.population.config = self.population.config.at_scale(z, plane)
         scaled.background.scale_table(z, plane)
         if scaled.slicing is not None:

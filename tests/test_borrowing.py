@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -16,12 +18,15 @@ from synthaug.training.borrowing import (
     CROWDED,
     EMPTY,
     ENOUGH,
+    LARGEST_LENT,
     LEAST_SPREAD,
+    LENT,
     ODD_RATE,
     PRIOR_FRAMES,
     borrow_placement,
     borrow_spread,
     borrow_styles,
+    lend_cells,
 )
 from tests.shapes import ellipse_frame, ellipsoid_volume
 
@@ -106,6 +111,17 @@ def test_gaps_are_borrowed_for_the_size_of_the_own_cells() -> None:
     larger = PopulationSynthesis(replace(source.config, gaps=(0,), reach=3 * source.config.reach))
     borrow_placement(larger, source, 4)
     assert set(larger.config.gaps) == {0, 12}
+
+
+def test_few_frames_are_lent_cells_of_every_size_up_to_the_own() -> None:
+    source = Cascade.from_pretrained("nuclei-2d").masks
+    own = copy.deepcopy(source)
+    own.attributes[:, 0] += math.log(0.4)
+    told = [lend_cells(own, source, num) for num in (1, 4, 16, 40)]
+    assert [share for share, _ in told] == pytest.approx([0.8 * LENT, 0.5 * LENT, 0.2 * LENT, 0])
+    assert [zoom for _, zoom in told] == pytest.approx([0.4, 0.4, 0.4, 1])
+    own.attributes[:, 0] += 5
+    assert lend_cells(own, source, 1)[1] == LARGEST_LENT
 
 
 def test_volumes_borrow_numbers_and_brightness_of_cells_from_frames() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -171,6 +172,44 @@ def test_frames_without_cells_beside_networks_on_a_gpu():
     (batch,) = stream.loader(num_workers=0)
     assert int(batch["label"].max()) == 0
     assert float(batch["image"].std()) > 0
+
+
+@pytest.fixture(scope="module")
+def lending(cascade) -> Cascade:
+    """Half of its cells come from a second, equal pair of stages and are 1 to 0.5 times as large."""
+    config = replace(cascade.config, lent_share=0.5, lent_zoom=0.5)
+    return Cascade(config, **cascade.stages(), lent_masks=cascade.masks, lent_texture=cascade.texture)
+
+
+def test_lent_cells_come_in_their_share_and_sizes_beside_the_own_ones(lending, cells):
+    made = lending.cells([SampleKey(0, ("cell", i)) for i in range(48)])
+    own = (made.scale == cells.scale) & (made.image == cells.image).flatten(1).all(1)
+    assert 14 <= int(own.sum()) <= 34
+    factor = (made.scale / cells.scale)[~own]
+    assert ((factor > 0.5) & (factor < 1)).all()
+    assert 0.25 < float(-factor.log2().mean()) < 0.75, "even odds for every factor"
+    some = [40, 3, 17, 9]
+    again = lending.cells([SampleKey(0, ("cell", i)) for i in some])
+    assert torch.equal(again.image, made.image[some]), "a key's cell does not depend on its company"
+    assert torch.equal(again.scale, made.scale[some])
+    population = lending.populate(made, keys(20), (96, 96))
+    assert violations(population, lending.config.min_area) == []
+
+
+def test_lent_stages_are_saved_and_count_in_the_fingerprint(lending, cascade, tmp_path):
+    lending.save_pretrained(tmp_path / "mine")
+    again = Cascade.from_pretrained(tmp_path / "mine")
+    assert again.config == lending.config
+    assert again.fingerprint() == lending.fingerprint() != cascade.fingerprint()
+    half = replace(lending.config, lent_share=0.25)
+    assert Cascade(half, **lending.stages()).fingerprint() != lending.fingerprint()
+
+
+@pytest.mark.parametrize(("share", "stages"), [(0.5, {}), (0.0, {"lent_masks", "lent_texture"}), (0.5, {"lent_masks"})])
+def test_lent_stages_without_share_and_the_reverse_are_refused(lending, cascade, share, stages):
+    lent = {name: lending.stages()[name] for name in stages}
+    with pytest.raises(InputError, match="lent_masks, lent_texture and a lent_share"):
+        Cascade(replace(cascade.config, lent_share=share), **cascade.stages(), **lent)
 
 
 def test_generate_uses_every_cell_once_and_resumes_by_key(cascade):

@@ -64,6 +64,12 @@ def test_a_cascade_comes_out(fitted):
 
 def test_an_embedded_cascade_adapted_in_seconds_generates_populations(tmp_path):
     cascade = fit(PAIRS, tmp_path / "mine", budget_minutes=0.2, log=lambda line: None)
+    source = Cascade.from_pretrained("nuclei-2d")
+    assert 0 < cascade.config.lent_share < 1
+    for name in ("masks", "texture"):
+        lent, known = cascade.stages()[f"lent_{name}"], source.stages()[name]
+        for key, value in known.state_dict().items():
+            assert torch.equal(lent.state_dict()[key], value), "as the cascade adapted has it, not as adapted"
     population = cascade.generate([SampleKey(0, ("frame", i)) for i in range(2)], (96, 96))
     assert torch.isfinite(population.image).all()
     for labels in population.labels:

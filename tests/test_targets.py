@@ -53,7 +53,7 @@ def test_what_nobody_annotated_weighs_nothing() -> None:
     label[0, 1, :3], label[0, 1, 3:] = 1, 2
     weight = loss_weights(label)
     assert torch.equal(weight == 0, label == UNLABELLED)
-    assert (weight[0, 1] == SEAM_WEIGHT).all()
+    assert (weight[0, 1] == 3 * SEAM_WEIGHT).all(), "one plane of three weighs what all three would"
 
 
 @pytest.mark.parametrize("labels", [torch.zeros(1, 4, 4), torch.zeros(4, 4, dtype=torch.int32)])

@@ -98,15 +98,15 @@ class ExperimentConfig:
     def ratio_of(self, num: int | None) -> float:
         """Share of synthetic samples beside so many annotated patches, None for all.
 
-        Half of them, but more where annotations are few: a patch that comes again in every batch teaches nothing new, and its
-        own dimness and density all the more. Every annotated patch makes up a sixteenth of the samples at most.
+        Half of them, but of frames more where annotations are few: a patch that comes again in every batch teaches nothing new,
+        and its own dimness and density all the more. Every annotated patch makes up a sixteenth of the samples at most.
 
         >>> [ExperimentConfig().ratio_of(num) for num in (1, 4, 16, None)]
         [0.9375, 0.75, 0.5, 0.5]
         """
         if self.ratio is not None:
             return self.ratio
-        return 0.5 if num is None else 1 - min(0.5, num / 16)
+        return 0.5 if num is None or self.ndim == 3 else 1 - min(0.5, num / 16)
 
     def runs(self) -> list[Run]:
         """All trainings, those without a cascade first."""

@@ -35,7 +35,7 @@ from synthaug.generators.surface import NeuSSurface, SurfaceConfig
 from synthaug.generators.texture import TextureDiffusion
 from synthaug.hub import ALIASES, embedded_cascades
 from synthaug.training import recipes
-from synthaug.training.borrowing import borrow_placement, borrow_styles
+from synthaug.training.borrowing import borrow_placement, borrow_styles, lend_cells
 from synthaug.training.loop import LoopResult
 from synthaug.training.material import Frames, Pair, Volumes
 from synthaug.training.multiview import fit_multiview
@@ -204,8 +204,18 @@ def fit(
             *(crops, vae, source is not None, s, seed, path, say, device), outlines=material.outlines
         ),
     )
+    lent_share, lent_zoom = 0.0, 1.0
+    if source is not None and ndim == 2:
+        lender = Cascade.from_pretrained(start)  # once more, as `source` was trained in place
+        lent_share, lent_zoom = lend_cells(masks, lender.masks, len(pairs))
+        if lent_share > 0:
+            extra |= {"lent_masks": lender.masks, "lent_texture": lender.texture}
     border = texture.config
     notes = [f"light ends {border.outline_shift:.2f} px inside the outlines and is blurred by {border.blur:.2f} px"]
+    if lent_share > 0:
+        notes.append(
+            f"{lent_share:.0%} of the cells are those of {start} as it is, 1 to {lent_zoom:.2f} times their size"
+        )
     notes += material.finish(texture, background, seed)
     cascade = Cascade(
         CascadeConfig(
@@ -213,6 +223,8 @@ def fit(
             min_area=population.config.min_area,
             voxel_size_um=voxel_size_um,
             intensity=_intensity([p[0] for p in pairs]),
+            lent_share=lent_share,
+            lent_zoom=lent_zoom,
         ),
         masks=masks,
         texture=texture,
