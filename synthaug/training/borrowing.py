@@ -1,7 +1,7 @@
 """What a few annotations cannot tell is borrowed from where there were many: how widely frames and cells differ.
 
 Whoever annotates one frame of ten cells shows how bright, dense and large cells are, but hardly how much that varies. So
-beside the own rows of a table stand rows around their mean that deviate from it as the rows of another data set deviate
+beside the own rows of a table stand rows around their middle that deviate from it as the rows of another data set deviate
 from theirs (shrinkage towards a prior, as in empirical Bayes). The more own rows there are, the less the borrowed ones weigh.
 """
 
@@ -59,7 +59,7 @@ WIDEST = 1.4
 """Deviations are cut there: on logarithms, a factor of 4."""
 
 
-def borrow_spread(own: Tensor, source: Tensor, prior: float, mean: Tensor | None = None) -> Tensor:
+def borrow_spread(own: Tensor, source: Tensor, prior: float, middle: Tensor | None = None) -> Tensor:
     """A table in which rows that deviate as those of another table do stand beside the own rows.
 
     Args:
@@ -67,7 +67,8 @@ def borrow_spread(own: Tensor, source: Tensor, prior: float, mean: Tensor | None
             row cannot tell.
         source: float [M, K], the same of the other data set.
         prior: Own rows that all of the borrowed ones weigh as much as.
-        mean: float [K], what the borrowed rows lie around; default: the mean of the own ones.
+        middle: float [K], what the borrowed rows lie around; default: the median of the own ones. That of `source` is its
+            median, too: specks of debris among cells pull its mean so far down that cells came out half as large again.
 
     Returns:
         float [N * r + m, K]: every own row `r` times, then m borrowed ones; `own` itself where it is large enough.
@@ -78,9 +79,14 @@ def borrow_spread(own: Tensor, source: Tensor, prior: float, mean: Tensor | None
     if len(own) >= ENOUGH * prior or not len(source):
         return own
     some = source[torch.linspace(0, len(source) - 1, min(MOST, len(source))).long()]
-    deviation = torch.nan_to_num((some - source.nanmean(0)).clamp(-WIDEST, WIDEST), nan=0.0)
-    borrowed = (own.nanmean(0) if mean is None else mean) + deviation
+    deviation = torch.nan_to_num((some - _middle(source)).clamp(-WIDEST, WIDEST), nan=0.0)
+    borrowed = (_middle(own) if middle is None else middle) + deviation
     return torch.cat([own.repeat(max(round(len(some) / prior), 1), 1), borrowed])
+
+
+def _middle(table: Tensor) -> Tensor:
+    """The median of each column [K] of a table [N, K], NaN left out."""
+    return table.nanquantile(0.5, dim=0)
 
 
 def borrow_placement(population: PopulationSynthesis, source: PopulationSynthesis, num_frames: int) -> None:
@@ -150,12 +156,12 @@ def borrow_styles(background: Background, source: Background) -> None:
     if background.names != source.names:
         other[:, [name not in ("density", "brightness") for name in names]] = torch.nan
     other = additive(other)
-    mean, there = own.nanmean(0), other.nanmean(0)
-    brighter = mean[names.index("brightness")] - there[names.index("brightness")]
+    middle, there = _middle(own), _middle(other)
+    brighter = middle[names.index("brightness")] - there[names.index("brightness")]
     for i, name in enumerate(names):
-        if name.startswith(("haze", "texture")) and mean[i].isnan():
+        if name.startswith(("haze", "texture")) and middle[i].isnan():
             # Texture is in counts, as brightness is; haze is relative to it.
-            mean[i] = there[i] + (brighter if name.startswith("texture") else 0.0)
+            middle[i] = there[i] + (brighter if name.startswith("texture") else 0.0)
         if name in ("height", "width"):
             other[:, i] = there[i]  # the size of frames is no property of what they show
     density = names.index("density")
@@ -164,7 +170,7 @@ def borrow_styles(background: Background, source: Background) -> None:
         spread = float(np.nanstd(other[:, i].numpy()))
         if spread > 0:
             other[:, i] = there[i] + (other[:, i] - there[i]) * max(LEAST_SPREAD[name] / spread, 1.0)
-    table = borrow_spread(own, other, PRIOR_FRAMES, mean)
+    table = borrow_spread(own, other, PRIOR_FRAMES, middle)
     if table is not own:
         if frames:
             empty = table[torch.linspace(0, len(table) - 1, math.ceil(EMPTY * len(table))).long()]
