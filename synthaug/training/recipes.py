@@ -18,7 +18,7 @@ from synthaug.generators.stage import untouched_generator
 from synthaug.generators.texture import TextureDiffusion, tiny_config
 from synthaug.randomness import SampleKey
 from synthaug.training.border import fit_border
-from synthaug.training.borrowing import PRIOR_CELLS, borrow_spread
+from synthaug.training.borrowing import PRIOR_CELLS, borrow_spread, usual_rows
 from synthaug.training.loop import LoopConfig, LoopResult, train
 from synthaug.types import CellMasks
 
@@ -137,7 +137,7 @@ def fit_masks(
 
     table = attributes(crops)
     if start:
-        table = borrow_spread(table, start.attributes, PRIOR_CELLS)
+        table = borrow_spread(table, usual_rows(start.attributes), PRIOR_CELLS)
     stage.set_tables({"attributes": table})
     training, held_out = split_crops(crops, seed)
 
