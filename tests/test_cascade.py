@@ -182,17 +182,18 @@ def lending(cascade) -> Cascade:
 
 
 def test_lent_cells_come_in_their_share_and_sizes_beside_the_own_ones(lending, cells):
-    made = lending.cells([SampleKey(0, ("cell", i)) for i in range(48)])
-    own = (made.scale == cells.scale) & (made.image == cells.image).flatten(1).all(1)
-    assert 14 <= int(own.sum()) <= 34
-    factor = (made.scale / cells.scale)[~own]
+    plain = cells.select(slice(0, 32))
+    made = lending.cells([SampleKey(0, ("cell", i)) for i in range(32)])
+    own = (made.scale == plain.scale) & (made.image == plain.image).flatten(1).all(1)
+    assert 8 <= int(own.sum()) <= 24
+    factor = (made.scale / plain.scale)[~own]
     assert ((factor > 0.5) & (factor < 1)).all()
     assert 0.25 < float(-factor.log2().mean()) < 0.75, "even odds for every factor"
-    some = [40, 3, 17, 9]
+    some = [30, 3, 17, 9]
     again = lending.cells([SampleKey(0, ("cell", i)) for i in some])
     assert torch.equal(again.image, made.image[some]), "a key's cell does not depend on its company"
     assert torch.equal(again.scale, made.scale[some])
-    population = lending.populate(made, keys(20), (96, 96))
+    population = lending.populate(made, keys(8), (96, 96))
     assert violations(population, lending.config.min_area) == []
 
 

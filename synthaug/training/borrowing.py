@@ -48,9 +48,9 @@ to .60 of the contrast usual in their frame and 5 % more than 1.4 to 1.7, 1 % of
 cascades adapted to four patches had .60 to .71 and 1.4 to 1.6, and networks trained on them missed the dim ones."""
 
 LENT = 0.3
-"""Share of the cells, at most, that the cascade adapted makes as it was. Half of the cells in four patches of DSB2018-256 were the
-quarters of dividing nuclei: networks split round nuclei with a little texture, which the patches did not show, until a third of
-the stream's cells came from elsewhere. A half is too much where the own cells are alike (`benchmarks/evidence.md`)."""
+"""Share of the cells, at most, that the cascade adapted makes as it was. Half of the cells in four patches of DSB2018-256 were
+the quarters of dividing nuclei: networks split round nuclei with a little texture, which the patches did not show, until a
+third of the stream's cells came from elsewhere. A half is too much where the own cells are alike (`benchmarks/evidence.md`)."""
 
 SMALLEST_LENT, LARGEST_LENT = 0.25, 2.0
 """Factors of size between which cells of another cascade are lent."""
