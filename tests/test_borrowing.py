@@ -12,6 +12,7 @@ import torch
 from synthaug.cascade import Cascade
 from synthaug.errors import InputError
 from synthaug.generators.background import Background
+from synthaug.generators.masks import usual_rows
 from synthaug.generators.population import PopulationSynthesis
 from synthaug.randomness import SampleKey
 from synthaug.training.borrowing import (
@@ -27,7 +28,7 @@ from synthaug.training.borrowing import (
     borrow_spread,
     borrow_styles,
     lend_cells,
-    usual_rows,
+    mean_of_columns,
 )
 from tests.shapes import ellipse_frame, ellipsoid_volume
 
@@ -51,14 +52,22 @@ def test_specks_of_the_other_data_set_do_not_make_cells_larger() -> None:
     assert float(borrowed.max()) == pytest.approx(12, rel=0.01)
 
 
+def test_what_volumes_borrow_lies_around_means() -> None:
+    own = torch.tensor([[0.0], [0.0], [3.0]])
+    source = torch.tensor([[0.0], [0.3], [0.9]])
+    borrowed = borrow_spread(own, source, prior=4, centre=mean_of_columns)[-3:, 0]
+    assert borrowed.tolist() == pytest.approx([0.6, 0.9, 1.5])
+
+
 def test_odd_rows_are_not_borrowed() -> None:
     table = torch.randn(200, 2, generator=torch.Generator().manual_seed(1))
     table[:20, 0] -= 6  # specks
     table[20:30, 1] += 5
-    kept = usual_rows(table)
+    kept = usual_rows(table, 2.0)
     assert 140 < len(kept) < 170
     assert float(kept.abs().max()) < 3
-    assert torch.equal(usual_rows(torch.ones(5, 2)), torch.ones(5, 2))
+    assert torch.equal(usual_rows(torch.ones(5, 2), 2.0), torch.ones(5, 2))
+    assert usual_rows(table, None) is table
 
 
 def test_many_own_rows_borrow_nothing() -> None:

@@ -52,6 +52,8 @@ class MaskConfig:
             wobble of a small network. Real outlines keep their circularity at this width.
         bandwidth: Kernel width of the density of the attributes, in units of `MaskDDPM.spread`.
         attributes: What the shape is conditioned on, some of `ATTRIBUTES` in its order, "radius" and "brightness" first.
+        usual: Only real cells are varied of which no attribute is farther from the median than so many robust standard
+            deviations, see `usual_rows`; None takes all.
     """
 
     crop_size: int = 64
@@ -68,6 +70,7 @@ class MaskConfig:
     outline_smoothing: float = 0.7
     bandwidth: float = 0.15
     attributes: tuple[str, ...] = ATTRIBUTES
+    usual: float | None = None
 
     def __post_init__(self) -> None:
         if self.attributes[:2] != ATTRIBUTES[:2] or not set(self.attributes) <= set(ATTRIBUTES):
@@ -92,6 +95,18 @@ def measure_attributes(mask: Tensor, radius: Tensor, brightness: Tensor, names: 
         columns["aspect"] = torch.tensor(ratios).log()
         columns["solidity"] = (1.005 - torch.tensor([r.solidity for r in regions])).log()
     return torch.stack([columns[name].float().to(radius.device) for name in names], 1)
+
+
+def usual_rows(table: Tensor, most: float | None) -> Tensor:
+    """The rows [N, K] of which no column is farther than `most` from the median, in robust standard deviations.
+
+    Specks of debris, cells in mitosis and misdrawn outlines are what a data set has of its own. All rows, if none is usual.
+    """
+    if most is None:
+        return table
+    low, middle, high = torch.quantile(table, torch.tensor([0.25, 0.5, 0.75], device=table.device), dim=0)
+    usual = ((table - middle).abs() <= most * (high - low) / 1.349).all(1)
+    return table[usual] if bool(usual.any()) else table
 
 
 def build_unet(config: MaskConfig) -> nn.Module:
@@ -227,8 +242,9 @@ class MaskDDPM(Stage):
     def forward(self, noise: Noise) -> tuple[CellMasks, list[str | None]]:
         """Masks [B] and, for each, why it has to be redrawn, or None; see `why_rejected`."""
         config = self.config
-        row = (noise["row"] * len(self.attributes)).long().clamp(max=len(self.attributes) - 1)
-        attributes = self.attributes[row] + config.bandwidth * self.spread() * noise["jitter"].to(self.device)
+        table = usual_rows(self.attributes, config.usual)
+        row = (noise["row"] * len(table)).long().clamp(max=len(table) - 1)
+        attributes = table[row] + config.bandwidth * self.spread() * noise["jitter"].to(self.device)
         radius, brightness = attributes.exp().unbind(1)[:2]
         condition = self.condition(attributes)
         steps = noise["steps"].transpose(0, 1).to(self.device) if config.eta > 0 else None

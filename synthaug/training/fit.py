@@ -14,7 +14,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,7 +35,7 @@ from synthaug.generators.surface import NeuSSurface, SurfaceConfig
 from synthaug.generators.texture import TextureDiffusion
 from synthaug.hub import ALIASES, embedded_cascades
 from synthaug.training import recipes
-from synthaug.training.borrowing import borrow_placement, borrow_styles, lend_cells
+from synthaug.training.borrowing import USUAL, borrow_placement, borrow_styles, lend_cells
 from synthaug.training.loop import LoopResult
 from synthaug.training.material import Frames, Pair, Volumes
 from synthaug.training.multiview import fit_multiview
@@ -171,7 +171,9 @@ def fit(
         "masks",
         MaskDDPM,
         lambda s, path, say: recipes.fit_masks(
-            *(outlines, source.masks if source else None, s, seed, path, say, device), least_scale=material.least_scale
+            *(outlines, source.masks if source else None, s, seed, path, say, device),
+            least_scale=material.least_scale,
+            whole=ndim == 2,
         ),
     )
     extra: dict[str, Any] = {}
@@ -209,6 +211,7 @@ def fit(
         lender = Cascade.from_pretrained(start)  # once more, as `source` was trained in place
         lent_share, lent_zoom = lend_cells(masks, lender.masks, len(pairs))
         if lent_share > 0:
+            lender.masks.config = replace(lender.masks.config, usual=USUAL)
             extra |= {"lent_masks": lender.masks, "lent_texture": lender.texture}
     border = texture.config
     notes = [f"light ends {border.outline_shift:.2f} px inside the outlines and is blurred by {border.blur:.2f} px"]

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from synthaug.datasets.crops import CropSet
 from synthaug.generators.diffusion import NUM_TRAIN_TIMESTEPS, diffusion_loss
-from synthaug.generators.masks import MaskConfig, MaskDDPM, measure_attributes, principal_angle
+from synthaug.generators.masks import MaskConfig, MaskDDPM, measure_attributes, principal_angle, usual_rows
 from synthaug.generators.stage import untouched_generator
 from synthaug.generators.texture import TextureDiffusion, tiny_config
 from synthaug.randomness import SampleKey
 from synthaug.training.border import fit_border
-from synthaug.training.borrowing import PRIOR_CELLS, borrow_spread, usual_rows
+from synthaug.training.borrowing import PRIOR_CELLS, USUAL, borrow_spread, mean_of_columns, median_of_columns
 from synthaug.training.loop import LoopConfig, LoopResult, train
 from synthaug.types import CellMasks
 
@@ -123,8 +123,12 @@ def fit_masks(
     device: str | torch.device = "cpu",
     *,
     least_scale: float = 1.0,
+    whole: bool = True,
 ) -> tuple[MaskDDPM, LoopResult]:
-    """Train the outlines on the crops' signed distances, long axis along x, flipped at random."""
+    """Train the outlines on the crops' signed distances, long axis along x, flipped at random.
+
+    `whole` says that they are those of cells; sections of cells vary more, so that odd ones are borrowed, too.
+    """
     recipe = (ADAPT if start else SCRATCH)["masks"]
     with untouched_generator():
         stage = start or MaskDDPM(MaskConfig(crop_size=crops.image.shape[-1]))
@@ -137,7 +141,8 @@ def fit_masks(
 
     table = attributes(crops)
     if start:
-        table = borrow_spread(table, usual_rows(start.attributes), PRIOR_CELLS)
+        lent = usual_rows(start.attributes, USUAL if whole else None)
+        table = borrow_spread(table, lent, PRIOR_CELLS, centre=median_of_columns if whole else mean_of_columns)
     stage.set_tables({"attributes": table})
     training, held_out = split_crops(crops, seed)
 
