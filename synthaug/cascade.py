@@ -140,7 +140,8 @@ class Cascade(nn.Module):
     ) -> None:
         super().__init__()
         lent = (lent_masks, lent_texture)
-        if (None in lent) != (config.lent_share == 0) or (slicing is not None and lent != (None, None)):
+        lends = None not in lent
+        if lends != (config.lent_share > 0) or (not lends and lent != (None, None)) or (lends and slicing is not None):
             expected = "lent_masks, lent_texture and a lent_share in 2D, or none of them"
             raise InputError("Cascade", expected=expected, got=f"lent_share {config.lent_share}")
         sizes = {s.config.crop_size for s in (masks, texture, slicing, *lent) if s is not None}

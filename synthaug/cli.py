@@ -396,6 +396,10 @@ def info(cascade: Annotated[str | None, typer.Argument(help="Embedded name, fold
     table.add_row("voxel size" if model.ndim == 3 else "pixel size", f"{voxel} um" if voxel else "unknown")
     table.add_row("camera counts", model.config.intensity)
     table.add_row("clustering probability", f"{model.population.config.clustering:.2f}")
+    if model.config.lent_share:
+        table.add_row(
+            "lent cells", f"{model.config.lent_share:.0%}, 1 to {model.config.lent_zoom:.2f} times their size"
+        )
     for name, stage in model.stages().items():
         parameters = sum(p.numel() for p in stage.parameters())
         table.add_row(name, f"{parameters / 1e6:.2f} M parameters" if parameters else "fitted tables")

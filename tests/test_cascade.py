@@ -206,7 +206,10 @@ def test_lent_stages_are_saved_and_count_in_the_fingerprint(lending, cascade, tm
     assert Cascade(half, **lending.stages()).fingerprint() != lending.fingerprint()
 
 
-@pytest.mark.parametrize(("share", "stages"), [(0.5, {}), (0.0, {"lent_masks", "lent_texture"}), (0.5, {"lent_masks"})])
+@pytest.mark.parametrize(
+    ("share", "stages"),
+    [(0.5, {}), (0.0, {"lent_masks", "lent_texture"}), (0.5, {"lent_masks"}), (0.0, {"lent_texture"})],
+)
 def test_lent_stages_without_share_and_the_reverse_are_refused(lending, cascade, share, stages):
     lent = {name: lending.stages()[name] for name in stages}
     with pytest.raises(InputError, match="lent_masks, lent_texture and a lent_share"):
