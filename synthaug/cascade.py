@@ -237,11 +237,8 @@ class Cascade(nn.Module):
                 shapes = type(found[0]).cat([found[i] for i in rows])
                 noise = origin.texture.draw([keys[i].child("texture") for i in rows], self.num_slices)
                 out.append(origin.texture(shapes, noise).select(slice(0, len(block))).to(self.background.device))
-        made = Cells.cat(out)
-        order = [i for origin in origins for i in origin.which]
-        if order == sorted(order):
-            return made
-        return made.select(torch.tensor(order, device=made.image.device).argsort())
+        order = torch.tensor([i for origin in origins for i in origin.which], device=self.background.device)
+        return Cells.cat(out).select(order.argsort())
 
     def _origins(self, keys: Sequence[SampleKey]) -> list[Origin]:
         """Who makes which of the cells."""

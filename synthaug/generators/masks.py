@@ -97,6 +97,12 @@ def measure_attributes(mask: Tensor, radius: Tensor, brightness: Tensor, names: 
     return torch.stack([columns[name].float().to(radius.device) for name in names], 1)
 
 
+def robust_spread(table: Tensor) -> Tensor:
+    """Interquartile range of each column [K] of a table [N, K] as a standard deviation."""
+    low, high = torch.quantile(table, torch.tensor([0.25, 0.75], device=table.device), dim=0)
+    return (high - low) / 1.349
+
+
 def usual_rows(table: Tensor, most: float | None) -> Tensor:
     """The rows [N, K] of which no column is farther than `most` from the median, in robust standard deviations.
 
@@ -104,8 +110,7 @@ def usual_rows(table: Tensor, most: float | None) -> Tensor:
     """
     if most is None:
         return table
-    low, middle, high = torch.quantile(table, torch.tensor([0.25, 0.5, 0.75], device=table.device), dim=0)
-    usual = ((table - middle).abs() <= most * (high - low) / 1.349).all(1)
+    usual = ((table - table.quantile(0.5, dim=0)).abs() <= most * robust_spread(table)).all(1)
     return table[usual] if bool(usual.any()) else table
 
 
@@ -218,8 +223,7 @@ class MaskDDPM(Stage):
 
         The standard deviation itself would smear the nuclei where specks of debris make a second, distant mode.
         """
-        low, high = torch.quantile(self.attributes, torch.tensor([0.25, 0.75], device=self.device), dim=0)
-        return (high - low) / 1.349
+        return robust_spread(self.attributes)
 
     def predict(self, sample: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
         """The network's velocity for `sample` [B, C, G, G] at `timesteps` [B], given `condition` [B, A]."""

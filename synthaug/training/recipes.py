@@ -141,8 +141,8 @@ def fit_masks(
 
     table = attributes(crops)
     if start:
-        lent = usual_rows(start.attributes, USUAL if whole else None)
-        table = borrow_spread(table, lent, PRIOR_CELLS, centre=median_of_columns if whole else mean_of_columns)
+        theirs = usual_rows(start.attributes, USUAL if whole else None)
+        table = borrow_spread(table, theirs, PRIOR_CELLS, centre=median_of_columns if whole else mean_of_columns)
     stage.set_tables({"attributes": table})
     training, held_out = split_crops(crops, seed)
 
