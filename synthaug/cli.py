@@ -315,6 +315,9 @@ def experiment(
         ),
     ] = None,
     max_reuse: Annotated[int, typer.Option(min=1, help="Uses of a synthetic cell.")] = 64,
+    real_cells: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of annotated cells among those of synthetic samples in `both`.")
+    ] = 0.0,
     min_area: Annotated[int | None, typer.Option(min=1, help="Smallest instance; default 20 px, or 50 voxels.")] = None,
     photons: Annotated[float | None, typer.Option(help="See all images through a camera as dim as this.")] = None,
     voxel_size: VoxelSize = None,
@@ -351,6 +354,7 @@ def experiment(
         crop=parse_size(crop or ("128x128" if flat else "80x80")),  # type: ignore[arg-type]  # checked there
         ratio=ratio,
         max_reuse=max_reuse,
+        real_cells=real_cells,
         min_area=min_area or (20 if flat else 50),
         photons=photons,
         voxel_size_um=voxel,

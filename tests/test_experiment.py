@@ -15,15 +15,12 @@ import tifffile
 import torch
 
 from synthaug import cli
-from synthaug.cascade import Cascade
 from synthaug.errors import CheckpointError, InputError
 from synthaug.evaluation import experiment_run as module
 from synthaug.evaluation.annotations import choose_patches
-from synthaug.evaluation.copy_paste import CopyPaste
 from synthaug.evaluation.experiment import ExperimentConfig, run_experiment
 from synthaug.evaluation.experiment_report import gain, markdown, summary
 from synthaug.hub import find_cascade
-from synthaug.randomness import SampleKey
 from tests.shapes import ellipse_frame, ellipsoid_volume
 
 SMALL: dict[str, Any] = {"size": (96, 96), "crop": (64, 64), "steps": 2, "batch_size": 2, "seeds": 1, "max_reuse": 500}
@@ -176,26 +173,12 @@ def test_pretrained_weights_are_scored_and_gone_on_with(data: Path, tmp_path: Pa
     assert real["loss"][0] != first["loss"][0]
 
 
-def test_copied_cells_are_the_real_ones() -> None:
-    pairs = [ellipse_frame(seed) for seed in range(2)]
-    cascade = CopyPaste(Cascade.from_pretrained("nuclei-2d"), pairs)
-    cells = cascade.cells([SampleKey(0, ("cell", i)) for i in range(40)])
-    known = {crop.numpy().tobytes() for crop in cascade.crops.image}
-    drawn = {image[0].numpy().tobytes() for image in cells.image}
-    assert drawn <= known
-    assert len(drawn) > 10
-    assert cascade.fingerprint() != Cascade.from_pretrained("nuclei-2d").fingerprint()
-    population = cascade.populate(cells, [SampleKey(0, ("frame", 0))], (128, 128), num_cells=5)
-    assert int(population.labels.max()) == 5
-    with pytest.raises(InputError, match="frames"):
-        CopyPaste(Cascade.from_pretrained("nuclei-3d"), pairs)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"arms": ("imaginary",)}, "some of none, real"),
         ({"segmenter": "stardist"}, "one of"),
+        ({"real_cells": 1.5}, "a share in"),
         ({"prior": "cubes"}, "one of"),
         ({"without": ("luck",)}, "some of multiview"),
         ({"without": ("multiview",)}, "3D only"),

@@ -9,6 +9,7 @@ that point.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ import torch
 
 from synthaug.datasets.mixing import Mix
 from synthaug.datasets.producer import SerialThread
+from synthaug.datasets.real_cells import RealCells
 from synthaug.errors import ProducerError
 from synthaug.randomness import SampleKey
 from synthaug.types import Cells
@@ -41,6 +43,7 @@ class StreamStats:
         synthetic: Synthetic samples among theirs.
         real: Real ones.
         fresh_cells: Cells made.
+        real_cells: Cells cut out of real frames that were dealt beside them.
         uses: Cells dealt to frames.
         max_reuse: How often the most used cell was dealt.
         starved_batches: Batches whose cells were not ready when asked for: they waited, or made do with other cells.
@@ -56,6 +59,7 @@ class StreamStats:
     synthetic: int = 0
     real: int = 0
     fresh_cells: int = 0
+    real_cells: int = 0
     uses: int = 0
     max_reuse: int = 0
     starved_batches: int = 0
@@ -68,8 +72,9 @@ class StreamStats:
 
     @property
     def mean_reuse(self) -> float:
-        """Uses per cell made; cells still in play count with the uses they have had."""
-        return self.uses / self.fresh_cells if self.fresh_cells else 0.0
+        """Uses per cell made or cut out; cells still in play count with the uses they have had."""
+        cells = self.fresh_cells + self.real_cells
+        return self.uses / cells if cells else 0.0
 
     def add(self, other: StreamStats) -> None:
         """Take in what another part of the stream did."""
@@ -189,6 +194,7 @@ class Plan:
         block_size: Cells in a block.
         max_reuse: Uses of a cell.
         count: Cells that the frames of the given keys ask for.
+        real_share: Share of the blocks that real cells make up.
     """
 
     def __init__(
@@ -200,11 +206,13 @@ class Plan:
         block_size: int,
         max_reuse: int,
         count: Callable[[list[SampleKey]], Sequence[int]],
+        real_share: float = 0.0,
     ) -> None:
         self.mix, self.num_lanes, self.block_size, self.max_reuse = mix, num_lanes, block_size, max_reuse
         self.num_shards = num_shards
         self._key = SampleKey(seed)
         self._count = count
+        self._real_share = real_share
         self._periods: dict[tuple[int, int, int], Period] = {}
 
     def frames(self, batch: int, slots: range) -> list[Frame]:
@@ -226,6 +234,14 @@ class Plan:
     def cell_keys(self, block: Block) -> list[SampleKey]:
         """The keys of the block's cells."""
         return [self._key.child("cell", *block, i) for i in range(self.block_size)]
+
+    def is_real(self, block: Block) -> bool:
+        """Whether the block holds real cells: whole blocks do, spread evenly, as fresh ones are made in whole blocks."""
+        if not self._real_share:
+            return False
+        start = self._key.child("real", block.lane, block.shard, block.period).numpy().random()
+        before, after = (math.floor(start + (block.number + i) * self._real_share) for i in range(2))
+        return after > before
 
     def _stagger(self, lane: int, shard: int) -> int:
         # Periods start with new cells; were they to start together, the producer would face all of them at once.
@@ -266,11 +282,22 @@ class Bank:
         plan: Says what is needed.
         on_starve: "wait" waits for the cells that were dealt; "reuse" takes the least used ones already there instead.
         producer: The thread that makes them.
+        real_cells: Makes those of the blocks that the plan says are real.
         reserve: With "reuse", so many used-up blocks are kept to fall back on.
     """
 
-    def __init__(self, cascade: Any, plan: Plan, on_starve: str, producer: SerialThread, *, reserve: int = 32) -> None:
+    def __init__(
+        self,
+        cascade: Any,
+        plan: Plan,
+        on_starve: str,
+        producer: SerialThread,
+        *,
+        real_cells: RealCells | None = None,
+        reserve: int = 32,
+    ) -> None:
         self.cascade, self.plan, self.on_starve, self.producer = cascade, plan, on_starve, producer
+        self.real_cells = real_cells
         self.stats = StreamStats()
         self._last: dict[Block, int] = {}  # of every block held or on order: the last batch that needs it
         self._orders: dict[Block, Future] = {}
@@ -296,7 +323,7 @@ class Bank:
             for block in sorted({block for block, _ in frame.cells}):
                 if block not in self._last:
                     self._last[block] = self.plan.last_batch(block)
-                    self._orders[block] = self.producer.submit(make_block, self.cascade, self.plan.cell_keys(block))
+                    self._orders[block] = self.producer.submit(self._make, block)
 
     def take(self, frame: Frame) -> tuple[Cells | None, bool]:
         """The cells of a frame, in the order dealt (None if it has none), and whether they were not ready in time."""
@@ -331,6 +358,14 @@ class Bank:
             block = self._reserve.popleft()
             del self._cells[block], self._uses[block], self._last[block]
 
+    def _make(self, block: Block) -> tuple[Cells, Counter]:
+        """The cells of a block, and what was rejected on the way; runs in the producer's thread."""
+        keys = self.plan.cell_keys(block)
+        if self.plan.is_real(block):
+            assert self.real_cells is not None
+            return self.real_cells.cells(keys).to(self.cascade.background.device), Counter()
+        return make_block(self.cascade, keys)
+
     def _is_ready(self, block: Block) -> bool:
         if block in self._orders and self._orders[block].done():
             self._get(block)
@@ -345,7 +380,10 @@ class Bank:
             except Exception as error:
                 raise ProducerError(f"making fresh cells ({block}) failed: {type(error).__name__}: {error}") from error
             self.stats.wait_seconds += time.perf_counter() - start
-            self.stats.fresh_cells += len(cells)
+            if self.plan.is_real(block):
+                self.stats.real_cells += len(cells)
+            else:
+                self.stats.fresh_cells += len(cells)
             self.stats.rejects += rejects
             self._cells[block], self._uses[block] = cells, np.zeros(len(cells), np.int64)
             self.stats.bank_bytes = max(self.stats.bank_bytes, self.num_bytes)
@@ -365,7 +403,7 @@ class Bank:
 
 
 def make_block(cascade: Any, keys: Sequence[SampleKey]) -> tuple[Cells, Counter]:
-    """Fresh cells of the keys, and what was rejected on the way; runs in the producer's thread."""
+    """Fresh cells of the keys, and what was rejected on the way."""
     before = Counter(cascade.rejects)
     cells = cascade.cells(keys)
     assert len(cells) == len(keys), "a cascade gives one cell a key"

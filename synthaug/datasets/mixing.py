@@ -173,6 +173,22 @@ def read_real(real: Any, index: int, size: Sequence[int], key: SampleKey) -> tup
         image float32 [1, *size] and label int32 [1, *size], contiguous from 1, 0 = background.
     """
     name = f"real[{index}]"
+    image, label = read_pair(real, index, len(size))
+    if any(have < want for have, want in zip(image.shape, size)):
+        image, label = _continue_to(image, label, size, name)
+    rng = key.numpy()
+    places = [_corners(label, axis, want, name) for axis, want in enumerate(size)]
+    corner = [int(corners[rng.integers(len(corners))]) for corners in places]
+    window = tuple(slice(start, start + want) for start, want in zip(corner, size))
+    return (
+        torch.from_numpy(np.array(image[window], dtype=np.float32))[None],
+        torch.from_numpy(relabel(label[window]))[None],
+    )
+
+
+def read_pair(real: Any, index: int, ndim: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """One real sample as it is: image and label [(Z,) Y, X] of their own types, looked at; arguments as in `read_real`."""
+    name = f"real[{index}]"
     try:
         item = real[index]
     except Exception as error:
@@ -187,20 +203,11 @@ def read_real(real: Any, index: int, size: Sequence[int], key: SampleKey) -> tup
         raise InputError(name, expected='{"image": ..., "label": ...} or (image, label)', got=got)
     if image.dtype.kind not in "fiu":
         raise InputError(f"{name} image", expected="grey values", got=str(image.dtype))
-    image = _spatial(image, len(size), f"{name} image")
-    label = check_labels(_spatial(label, len(size), f"{name} label"), f"{name} label")
+    image = _spatial(image, ndim, f"{name} image")
+    label = check_labels(_spatial(label, ndim, f"{name} label"), f"{name} label")
     if image.shape != label.shape:
         raise InputError(name, expected="image and label of one shape", got=f"{image.shape} and {label.shape}")
-    if any(have < want for have, want in zip(image.shape, size)):
-        image, label = _continue_to(image, label, size, name)
-    rng = key.numpy()
-    places = [_corners(label, axis, want, name) for axis, want in enumerate(size)]
-    corner = [int(corners[rng.integers(len(corners))]) for corners in places]
-    window = tuple(slice(start, start + want) for start, want in zip(corner, size))
-    return (
-        torch.from_numpy(np.array(image[window], dtype=np.float32))[None],
-        torch.from_numpy(relabel(label[window]))[None],
-    )
+    return image, label
 
 
 def _corners(label: NDArray[Any], axis: int, want: int, name: str) -> NDArray[np.int64]:

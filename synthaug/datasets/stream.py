@@ -17,6 +17,7 @@ from torch import Tensor
 from synthaug.datasets.bank import Bank, Frame, Plan, StreamStats, no_cells
 from synthaug.datasets.mixing import Mix, exact_ratio, read_real
 from synthaug.datasets.producer import SerialThread
+from synthaug.datasets.real_cells import RealCells
 from synthaug.errors import InputError, SynthAugError
 from synthaug.randomness import SampleKey
 
@@ -50,6 +51,7 @@ class StreamConfig:
     num_lanes: int
     num_shards: int
     on_starve: str
+    real_cells: float = 0.0
     voxel_size_um: tuple[float, float, float] | None = None
 
     def __post_init__(self) -> None:
@@ -64,6 +66,10 @@ class StreamConfig:
         object.__setattr__(self, "synthetic_ratio", exact_ratio(self.synthetic_ratio))
         SampleKey(self.seed)
         check_population(self.num_cells, self.density, self.clustering, self.background)
+        share = self.real_cells
+        if isinstance(share, bool) or not isinstance(share, int | float | np.number) or not 0 <= share <= 1:
+            raise InputError("real_cells", expected="a share of the cells, in [0, 1]", got=repr(share))
+        object.__setattr__(self, "real_cells", float(share))
         if self.on_starve not in ("wait", "reuse"):
             raise InputError("on_starve", expected='"wait" or "reuse"', got=repr(self.on_starve))
         voxel = self.voxel_size_um
@@ -76,8 +82,9 @@ class StreamConfig:
         """What decides the bits, as plain JSON values. `on_starve` does not: "reuse" departs only where it has to."""
         values = dataclasses.asdict(self) | {"synthetic_ratio": str(self.synthetic_ratio), "stream": STREAM_VERSION}
         del values["on_starve"]
-        if self.voxel_size_um is None:  # states saved before there was a choice stay valid
-            del values["voxel_size_um"]
+        for name in ("voxel_size_um", "real_cells"):
+            if not values[name]:  # states saved before there was a choice stay valid
+                del values[name]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
@@ -92,6 +99,7 @@ class Stream:
         num_real: Its length.
         slots: The slots of each batch that this rank makes.
         as_meta_tensor: Whether samples and batches are MONAI's MetaTensors.
+        real_cells: Cells of real frames that stand among the synthetic samples' cells, or None.
     """
 
     def __init__(
@@ -103,6 +111,7 @@ class Stream:
         num_real: int,
         slots: range,
         as_meta_tensor: bool = False,
+        real_cells: RealCells | None = None,
     ) -> None:
         self.config, self.cascade, self.real, self.transform, self.slots = config, cascade, real, transform, slots
         self.as_meta_tensor = as_meta_tensor
@@ -116,10 +125,11 @@ class Stream:
             cascade.block_size,
             config.max_reuse,
             self._count_cells,
+            config.real_cells,
         )
         self._producer = SerialThread("synthaug-producer", cascade.device)
         self._composer = SerialThread("synthaug-composer", cascade.device)
-        self.bank = Bank(cascade, self.plan, config.on_starve, self._producer)
+        self.bank = Bank(cascade, self.plan, config.on_starve, self._producer, real_cells=real_cells)
         self._ordered: dict[int, list[Frame]] = {}  # frames of coming batches, whose cells are being made
 
     def batch(self, batch: int, upcoming: Sequence[int] = ()) -> tuple[dict[str, Any], StreamStats]:

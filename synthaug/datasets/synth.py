@@ -19,6 +19,7 @@ from synthaug.datasets.failed import FailedBatch, swallows_errors
 from synthaug.datasets.loader import STATS_KEY, SynthLoader, check_workers
 from synthaug.datasets.mixing import check_real
 from synthaug.datasets.progress import Progress
+from synthaug.datasets.real_cells import RealCells
 from synthaug.datasets.stream import DEFAULT_SIZES, Stream, StreamConfig, fitting_cascade, warn_of_voxel_size
 from synthaug.errors import InputError
 
@@ -86,6 +87,9 @@ class SynthDataset(IterableDataset):
             voxel size in the order of the tensor's axes: diag(Z, Y, X, 1), or diag(Y, X, 1, 1) in 2D, [B, 4, 4] of a
             batch. MONAI's readers of medical formats put X first: transforms that name directions in the body
             (Orientation) mean nothing here.
+        real_cells: Share of the cells of synthetic samples that are real ones, cut out of `real` (2D only; of more than 64
+            frames that many are cut up when the stream is built). They come in blocks as the fresh ones, but cost
+            nothing. 1 makes it copy-paste by our placement and camera. Good where few frames are annotated.
 
     Attributes:
         voxel_size_um: (Z, Y, X) of the synthetic samples, or None where the cascade does not know it.
@@ -117,6 +121,7 @@ class SynthDataset(IterableDataset):
         world_size: int | None = None,
         voxel_size_um: Sequence[float] | None = None,
         as_meta_tensor: bool = False,
+        real_cells: float = 0.0,
     ) -> None:
         if size is None:
             size = DEFAULT_SIZES[cascade.ndim]
@@ -134,6 +139,7 @@ class SynthDataset(IterableDataset):
             num_lanes=num_lanes,
             num_shards=num_shards,
             on_starve=on_starve,
+            real_cells=real_cells,
         )
         cascade = fitting_cascade(cascade, self.config)
         self.voxel_size_um = cascade.voxel_size_um
@@ -146,6 +152,7 @@ class SynthDataset(IterableDataset):
         if (rank is None) != (world_size is None):
             raise InputError("rank, world_size", expected="both or none", got=f"{rank}, {world_size}")
         self.cascade, self.real, self.transform, self.as_meta_tensor = cascade, real, transform, bool(as_meta_tensor)
+        self._real_cells = self._cut_cells()
         self._rank = (rank, world_size) if rank is not None and world_size is not None else None
         self._check_shards(len(self._slots()))
         self._progress = Progress(num_batches)
@@ -265,7 +272,19 @@ class SynthDataset(IterableDataset):
         return self.cascade.fingerprint()  # goes over all weights
 
     def _describe(self) -> dict[str, Any]:
-        return self.config.describe() | {"num_real": self._num_real, "cascade": self._cascade_fingerprint}
+        known = {"num_real": self._num_real, "cascade": self._cascade_fingerprint}
+        if self._real_cells is not None:
+            known["cells"] = self._real_cells.fingerprint()
+        return self.config.describe() | known
+
+    def _cut_cells(self) -> RealCells | None:
+        if not self.config.real_cells:
+            return None
+        if self.real is None:
+            raise InputError(
+                "real", expected=f"frames to cut {self.config.real_cells:g} of the cells out of", got="None"
+            )
+        return RealCells.cut(self.real, self.cascade)
 
     def _slots(self) -> range:
         """The slots of every batch that this rank makes."""
@@ -346,6 +365,7 @@ class SynthDataset(IterableDataset):
                 self._num_real,
                 self._slots(),
                 self.as_meta_tensor,
+                self._real_cells,
             )
         self._stream_next = upcoming[0]
         try:

@@ -5,7 +5,7 @@ same augmentation, and starts from the same weights:
 
     none             a given pretrained segmenter, not trained
     real             the annotated real images
-    real+copy-paste  beside them, populations of the same real cells cut out (`copy_paste.py`)
+    real+copy-paste  beside them, populations of the same real cells cut out
     synthetic        populations of the cascade alone
     both             the real images and the populations of the cascade
     real-2d          volumes: a 2D network on the annotated planes, its planes linked along z

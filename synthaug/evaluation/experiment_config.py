@@ -35,6 +35,7 @@ class ExperimentConfig:
         crop: (Y, X) of what is cut out of them at random to train on, multiples of 8.
         ratio: Share of synthetic samples in `both` and `real+copy-paste`; None goes by how many annotated patches there are,
             see `ratio_of`.
+        real_cells: Share of the annotated cells themselves among those of synthetic samples in `both`; 0 in 3D.
         max_reuse: Uses of a synthetic cell.
         learning_rate: Peak rate.
         min_area: Smallest instance that counts, in truth and prediction, pixels (voxels).
@@ -58,6 +59,7 @@ class ExperimentConfig:
     size: tuple[int, ...] = (192, 192)
     crop: tuple[int, int] = (128, 128)
     ratio: float | None = None
+    real_cells: float = 0.0
     max_reuse: int = 64
     learning_rate: float = 3e-3
     min_area: int = 20
@@ -83,6 +85,8 @@ class ExperimentConfig:
         if self.ndim == 3 and ("real+copy-paste" in self.arms or self.segmenter == "cellpose"):
             got = "volumes, of whose cells single planes are known"
             raise InputError("real+copy-paste, cellpose", expected="frames", got=got, remedy="Leave them out in 3D.")
+        if not 0 <= self.real_cells <= 1 or (self.ndim == 3 and self.real_cells):
+            raise InputError("real_cells", expected="a share in [0, 1], 0 in 3D", got=self.real_cells)
         if self.ndim == 3 and self.also:
             raise InputError("also", expected="frames", got="volumes, of which the arms see different parts")
         if "multiview" in self.without and self.ndim == 2:

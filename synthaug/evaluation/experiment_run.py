@@ -21,7 +21,6 @@ from synthaug.datasets.synth import SynthDataset
 from synthaug.errors import InputError
 from synthaug.evaluation.annotations import Pair, choose_patches, choose_planes, dense_of, dimmed, planes_of
 from synthaug.evaluation.augment import AugmentConfig, training_batch
-from synthaug.evaluation.copy_paste import CopyPaste
 from synthaug.evaluation.experiment_config import NEED_CASCADE, ExperimentConfig, Run
 from synthaug.evaluation.instances import volume_instances, without_small
 from synthaug.evaluation.linking import link_planes
@@ -100,15 +99,13 @@ def fit_cascade(task: Task, name: str, log: Log = lambda line: None) -> None:
     )
 
 
-def _generator(task: Task, run: Run, annotated: Sequence[Pair]) -> Any:
+def _generator(task: Task, run: Run) -> Any:
     """What makes the synthetic samples of a run."""
     config = task.config
     if run.arm not in NEED_CASCADE:
         # A stream without synthetic samples asks a cascade for nothing but its number of axes.
         return Cascade.from_pretrained("nuclei-2d" if config.ndim == 2 or run.arm == "real-2d" else "nuclei-3d")
     cascade = Cascade.from_pretrained(Path(task.out) / "cascades" / run.cascade)
-    if run.arm == "real+copy-paste":
-        return CopyPaste(cascade, annotated)
     prior = "spherical-harmonics" if "multiview" in config.without else config.prior
     if prior is not None:
         cascade = cascade.with_prior(prior)  # type: ignore[arg-type]  # one of PRIORS
@@ -125,10 +122,11 @@ def train_arm(task: Task, run: Run, log: Log = lambda line: None) -> dict[str, A
     annotated = task.annotated(run.num, run.seed, run.arm)
     test = task.pairs(task.test)
     mixed = config.ratio_of(run.num)
+    real_cells = {"both": config.real_cells, "real+copy-paste": 1.0}.get(run.arm, 0.0)
     ratio = {"synthetic": 1.0, "both": mixed, "real+copy-paste": mixed}.get(run.arm, 0.0)
     size = config.size[-2:] if run.arm == "real-2d" else config.size
     stream = SynthDataset(
-        _generator(task, run, annotated),
+        _generator(task, run),
         size=size,
         batch_size=config.batch_size,
         real=task.trained_on(annotated) if ratio < 1 else None,
@@ -137,6 +135,7 @@ def train_arm(task: Task, run: Run, log: Log = lambda line: None) -> dict[str, A
         max_reuse=config.max_reuse,
         num_lanes=1,  # one process makes all batches
         num_batches=config.steps,
+        real_cells=real_cells,
     )
     model, report, stats = _learn(task, run, stream, log)
     predicted = [_predict(task, run, model, image) for image, _ in test]
@@ -208,6 +207,7 @@ def _close(stream: SynthDataset) -> dict[str, Any]:
         "synthetic": made.synthetic,
         "real": made.real,
         "fresh_cells": made.fresh_cells,
+        "real_cells": made.real_cells,
         "mean_reuse": made.mean_reuse,
     }
 
