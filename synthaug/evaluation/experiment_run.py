@@ -106,6 +106,8 @@ def _generator(task: Task, run: Run) -> Any:
         # A stream without synthetic samples asks a cascade for nothing but its number of axes.
         return Cascade.from_pretrained("nuclei-2d" if config.ndim == 2 or run.arm == "real-2d" else "nuclei-3d")
     cascade = Cascade.from_pretrained(Path(task.out) / "cascades" / run.cascade)
+    if run.arm == "real+copy-paste":
+        return cascade  # which places real cells and makes none
     prior = "spherical-harmonics" if "multiview" in config.without else config.prior
     if prior is not None:
         cascade = cascade.with_prior(prior)  # type: ignore[arg-type]  # one of PRIORS
