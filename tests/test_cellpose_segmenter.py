@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from safetensors.torch import save_file
 
@@ -18,7 +19,9 @@ if "CELLPOSE" not in os.environ:
 
 from synthaug.datasets.synth import SynthDataset
 from synthaug.errors import CheckpointError, InputError, ProducerError
+from synthaug.evaluation import cellpose_segmenter
 from synthaug.evaluation.cellpose_segmenter import build_cpnet, predict_cellpose, train_cellpose
+from synthaug.evaluation.experiment import ExperimentConfig, run_experiment
 from synthaug.evaluation.metrics import segmentation_scores
 from synthaug.randomness import SampleKey
 from tests.cellpose_nets import MAJOR
@@ -107,6 +110,38 @@ def test_a_stream_without_synthetic_samples_trains_as_its_pairs_do() -> None:
     stream = SynthDataset(FakeCascade(), size=(48, 48), batch_size=2, real=pairs, synthetic_ratio=0)
     settings: dict[str, Any] = {"batch_size": 2, "nbase": TINY, "bsize": 64}
     assert train_cellpose(stream, 4, **settings)[1].losses == train_cellpose(pairs, 4, **settings)[1].losses
+
+
+@needs_cellpose_3
+def test_the_experiment_trains_cellpose_as_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part, seeds in (("real", (0, 1)), ("held-out", (7,))):
+        for kind, i in (("images", 0), ("labels", 1)):
+            (tmp_path / part / kind).mkdir(parents=True)
+            for seed in seeds:
+                tifffile.imwrite(tmp_path / part / kind / f"{seed}.tif", discs(seed)[i].astype(np.uint16))
+    told: list[dict[str, Any]] = []
+    train = cellpose_segmenter.train_cellpose
+    monkeypatch.setattr(
+        cellpose_segmenter, "train_cellpose", lambda *a, **settings: told.append(settings) or train(*a, **settings)
+    )
+    config = ExperimentConfig(
+        arms=("real",),
+        num_patches=(None,),
+        seeds=1,
+        segmenter="cellpose",
+        nbase=TINY,
+        steps=3,
+        batch_size=2,
+        size=(96, 96),
+        crop=(64, 56),
+    )
+    (result,) = run_experiment(
+        tmp_path / "real", tmp_path / "held-out", tmp_path / "out", config, log=lambda line: None
+    )
+    assert [(told[0]["nbase"], told[0]["batch_size"], told[0]["bsize"])] == [(TINY, 2, 64)]
+    assert len(result["loss"]) == 3
+    assert (result["num_truth"], result["num_cells"]) == (9, 18)
+    assert 0 <= result["seg"] <= 1
 
 
 @needs_cellpose_3

@@ -32,7 +32,7 @@ class ExperimentConfig:
         steps: Optimizer steps of every training.
         batch_size: Samples a step.
         size: ((Z,) Y, X) of patches and synthetic samples.
-        crop: (Y, X) of what is cut out of them at random to train on, multiples of 8.
+        crop: (Y, X) of what is cut out of them at random to train on, multiples of 8; by Cellpose, squares of the longer side.
         ratio: Share of synthetic samples in `both` and `real+copy-paste`; None goes by how many annotated patches there are,
             see `ratio_of`.
         real_cells: Share of the annotated cells themselves among those of synthetic samples in `both`; 0 in 3D.

@@ -194,6 +194,7 @@ def _learn_cellpose(
         stream,
         config.steps,
         batch_size=config.batch_size,
+        bsize=max(config.crop),
         device=task.device,
         log=lambda line: log(f"{run.name}: {line}"),
         **settings,
