@@ -74,7 +74,7 @@ class CascadeConfig:
         min_area: Smallest instance, pixels (3D: voxels).
         voxel_size_um: (Z, Y, X) of the real data in micrometres, Z of no meaning in 2D; None if unknown.
         intensity: Data type of the real images, for writing synthetic ones ("uint8", "uint16" or "float32").
-        lent_share: Share of the cells that the lent stages make.
+        lent_share: Share of the cells that the lent stages make, by blocks of `block_size`.
         lent_zoom: Size that a lent cell is brought to, between 1, its own, and this (even odds for every factor).
     """
 
@@ -245,8 +245,11 @@ class Cascade(nn.Module):
         share, zoom = self.config.lent_share, self.config.lent_zoom
         own, lent = list(range(len(keys))), {}
         if share > 0:
-            chance = [key.child("lent").numpy().random(2).tolist() for key in keys]
-            lent = {i: zoom**place for i, (whose, place) in enumerate(chance) if whose < share}
+            # Whole blocks of keys numbered one after the other: two half-filled blocks would cost twice as much.
+            groups = [key.group(self.block_size) for key in keys]
+            is_lent = {group: group.child("lent").numpy().random() < share for group in set(groups)}
+            places = {i: key.child("size").numpy().random() for i, key in enumerate(keys) if is_lent[groups[i]]}
+            lent = {i: zoom**place for i, place in places.items()}
             own = [i for i in own if i not in lent]
         origins = [Origin(self.masks, self.texture, own, {})]
         if lent:

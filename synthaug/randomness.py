@@ -44,6 +44,16 @@ class SampleKey:
         """The key of a part of this sample."""
         return SampleKey(self.seed, self.path + parts)
 
+    def group(self, size: int) -> SampleKey:
+        """A key that `size` samples share, those numbered one after the other from a multiple of it at the end of the path.
+
+        >>> SampleKey(0, ("cell", 9)).group(8) == SampleKey(0, ("cell", 15)).group(8) != SampleKey(0, ("cell", 7)).group(8)
+        True
+        """
+        *parent, number = self.path or (0,)
+        together = number // size if isinstance(number, int) else number
+        return SampleKey(self.seed, (*parent, "group", together))
+
     def digest(self) -> bytes:
         """16 bytes that depend on the seed and on every part of the path, words and numbers kept apart."""
         text = "\x1f".join([str(int(self.seed))] + [f"{'s' if isinstance(p, str) else 'i'}{p}" for p in self.path])

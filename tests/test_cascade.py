@@ -181,20 +181,29 @@ def lending(cascade) -> Cascade:
     return Cascade(config, **cascade.stages(), lent_masks=cascade.masks, lent_texture=cascade.texture)
 
 
-def test_lent_cells_come_in_their_share_and_sizes_beside_the_own_ones(lending, cells):
+def test_lent_cells_come_in_whole_blocks_and_sizes_beside_the_own_ones(lending, cells):
+    names = [SampleKey(0, ("cell", i)) for i in range(32)]
     plain = cells.select(slice(0, 32))
-    made = lending.cells([SampleKey(0, ("cell", i)) for i in range(32)])
+    made = lending.cells(names)
     own = (made.scale == plain.scale) & (made.image == plain.image).flatten(1).all(1)
-    assert 8 <= int(own.sum()) <= 24
+    by_block = own.view(-1, lending.block_size)
+    assert torch.equal(by_block.all(1), by_block.any(1)), "no block is made twice, half filled"
+    assert 0 < int(by_block[:, 0].sum()) < len(by_block)
     factor = (made.scale / plain.scale)[~own]
     assert ((factor > 0.5) & (factor < 1)).all()
     assert 0.25 < float(-factor.log2().mean()) < 0.75, "even odds for every factor"
     some = [30, 3, 17, 9]
-    again = lending.cells([SampleKey(0, ("cell", i)) for i in some])
+    again = lending.cells([names[i] for i in some])
     assert torch.equal(again.image, made.image[some]), "a key's cell does not depend on its company"
     assert torch.equal(again.scale, made.scale[some])
     population = lending.populate(made, keys(8), (96, 96))
     assert violations(population, lending.config.min_area) == []
+
+
+def test_blocks_are_lent_in_their_share(lending):
+    many = [SampleKey(1, ("cell", lane, i)) for lane in range(100) for i in range(16)]
+    lent = {i for origin in lending._origins(many) if origin.zoom for i in origin.which}
+    assert 0.4 < len(lent) / len(many) < 0.6
 
 
 def test_lent_stages_are_saved_and_count_in_the_fingerprint(lending, cascade, tmp_path):
