@@ -66,6 +66,7 @@ def test_an_embedded_cascade_adapted_in_seconds_generates_populations(tmp_path):
     cascade = fit(PAIRS, tmp_path / "mine", budget_minutes=0.2, log=lambda line: None)
     source = Cascade.from_pretrained("nuclei-2d")
     assert 0 < cascade.config.lent_share < 1
+    assert 0 < cascade.background.config.cytoplasm_rate < 1
     for name in ("masks", "texture"):
         lent, known = cascade.stages()[f"lent_{name}"], source.stages()[name]
         for key, value in known.state_dict().items():

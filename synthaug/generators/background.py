@@ -13,7 +13,7 @@ A stack is the same over (z, y, x), and its light is first blurred along the opt
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import numpy as np
@@ -43,6 +43,7 @@ from synthaug.generators.camera import (
     texture_grid,
     wide_blur,
 )
+from synthaug.generators.cytoplasm import cytoplasm_light, draw_cytoplasm
 from synthaug.generators.electrons import ELECTRONS, QUANTILES, fit_read_noise, multiplied_noise, shape_noise
 from synthaug.generators.frame_fit import (
     BLOCK,
@@ -105,6 +106,8 @@ class BackgroundConfig:
             Told apart in stacks only.
         ghost_rate, ghost_contrast: Of stacks: dim blobs nobody annotated, for each cell, and their brightness over that of
             cells; see `ghosts.py`.
+        cytoplasm_rate, cytoplasm_width: Of frames: the share in which dim light with edges lies around the cells, and how
+            coarse it is, pixels; see `cytoplasm.py`.
     """
 
     integer: bool = True
@@ -114,6 +117,8 @@ class BackgroundConfig:
     read_noise: float = 0.0
     ghost_rate: float = 0.0
     ghost_contrast: float = 0.0
+    cytoplasm_rate: float = 0.0
+    cytoplasm_width: float = 5.0
 
 
 class Background(Stage):
@@ -318,6 +323,7 @@ class Background(Stage):
             "axial_sigma": 1 / z,
             "attenuation": z,
         }
+        self.config = replace(self.config, cytoplasm_width=self.config.cytoplasm_width / plane)
         scale = torch.tensor([factors.get(name, 1.0) for name in self.names], device=self.table.device)
         self.table = self.table * scale
         self.jitter = torch.where(self._positive().to(self.device), self.jitter, self.jitter * scale)
@@ -401,6 +407,8 @@ class Background(Stage):
             noise[name] = normal([k.child(name) for k in keys], (1, *grid))
         if self.config.ghost_rate > 0:
             noise |= draw_ghosts(keys, size)
+        if self.config.cytoplasm_rate > 0:
+            noise |= draw_cytoplasm(keys, size, self.config.cytoplasm_width)
         return {name: value.to(self.device) for name, value in noise.items()}
 
     def forward(
@@ -482,6 +490,10 @@ class Background(Stage):
             field = random_texture(noise[name], (rows, columns), sigma)
             field = field if i == len(TEXTURES) - 1 else skew(field, column("tail"))
             base = base + column(name) * (field * amplitude if i else field)
+        config = self.config
+        if config.cytoplasm_rate > 0:
+            glow = cytoplasm_light(labels, noise, config.cytoplasm_rate, config.cytoplasm_width)
+            base = base + column("brightness") * glow
         expected = base + lit
         flat = column("flat_variance")
         variance = torch.maximum(flat + column("gain") * (expected - column("level")), 0.1 * flat)

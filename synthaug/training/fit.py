@@ -35,7 +35,7 @@ from synthaug.generators.surface import NeuSSurface, SurfaceConfig
 from synthaug.generators.texture import TextureDiffusion
 from synthaug.hub import ALIASES, embedded_cascades
 from synthaug.training import recipes
-from synthaug.training.borrowing import USUAL, borrow_placement, borrow_styles, lend_cells
+from synthaug.training.borrowing import USUAL, add_cytoplasm, borrow_placement, borrow_styles, lend_cells
 from synthaug.training.loop import LoopResult
 from synthaug.training.material import Frames, Pair, Volumes
 from synthaug.training.multiview import fit_multiview
@@ -238,6 +238,9 @@ def fit(
     notes += material.calibrate(cascade, seed)
     if source is not None:
         borrow_styles(cascade.background, source.background)  # last, as what comes before goes by a row for each image
+        if ndim == 2:
+            add_cytoplasm(cascade.background, float(masks.attributes[:, 0].median().exp()), len(pairs))
+            notes.append(f"{cascade.background.config.cytoplasm_rate:.0%} of the frames have light of the cytoplasm")
     for line in notes:
         log(line)
     card = model_card(out.name, request, len(pairs), crops, results, data_card, [*material.remarks(), *notes])
