@@ -314,7 +314,7 @@ class Background(Stage):
         return torch.tensor([name in (VOLUME_POSITIVE if self.config.ndim == 3 else POSITIVE) for name in self.names])
 
     def scale_table(self, z: float, plane: float) -> None:
-        """Make the table that of voxels `z` times as deep and `plane` times as wide; the camera's own columns stay."""
+        """Make table and cytoplasm those of voxels `z` times as deep, `plane` times as wide; the camera's own columns stay."""
         factors = {
             "density": z * plane**2,
             "height": 1 / plane,

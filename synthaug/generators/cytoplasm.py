@@ -55,6 +55,8 @@ def cytoplasm_light(labels: Tensor, noise: Noise, rate: float, width: float) -> 
         width: Of the blur that makes the random field, pixels.
     """
     shown, contrast, threshold, softness, kind = noise["cytoplasm"][:, :, None, None, None].unbind(1)
+    if not bool((shown < rate).any()):
+        return torch.zeros(labels.shape, device=labels.device)
     near = (wide_blur((labels > 0).float(), NEAR * width) / FULL).clamp(max=1)
     field = random_texture(noise["cytoplasm_field"], (labels.shape[2], labels.shape[3]), width)
     distance = (field - _between(THRESHOLD, threshold)) / _between(SOFTNESS, softness)

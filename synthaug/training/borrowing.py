@@ -120,15 +120,14 @@ def borrow_placement(population: PopulationSynthesis, source: PopulationSynthesi
     than they do anywhere (`CROWDED`), for the sake of who learns from them.
     """
     own, there = population.config, source.config
-    weight = num_frames / (num_frames + PRIOR_FRAMES)
+    weight = _own_weight(num_frames)
     larger = own.reach / there.reach if own.reach > 0 and there.reach > 0 else 1.0
     theirs = [gap * larger for gap in there.gaps]
     weights = [weight / len(own.gaps)] * len(own.gaps) + [(1 - weight) / len(theirs)] * len(theirs)
     clustering = weight * own.clustering + (1 - weight) * there.clustering
-    few = num_frames < ENOUGH * PRIOR_FRAMES
     population.config = replace(
         own,
-        clustering=max(clustering, CROWDED) if few else clustering,
+        clustering=max(clustering, CROWDED) if _are_few(num_frames) else clustering,
         gaps=_quantiles([*own.gaps, *theirs], weights),
         clearance=round(weight * own.clearance + (1 - weight) * there.clearance * larger),
         odd_rate=(1 - weight) * ODD_RATE,
@@ -141,11 +140,21 @@ def lend_cells(own: MaskDDPM, source: MaskDDPM, num_frames: int) -> tuple[float,
     They come in every size between its own cells' and those of the data: nobody knows which size the other cells of the data
     have, which no annotated frame shows.
     """
-    if num_frames >= ENOUGH * PRIOR_FRAMES:
+    if not _are_few(num_frames):
         return 0.0, 1.0
     larger = float((own.attributes[:, 0].median() - source.attributes[:, 0].median()).exp())
     share = LENT * min(2 * PRIOR_FRAMES / (num_frames + PRIOR_FRAMES), 1)
     return share, min(max(larger, SMALLEST_LENT), LARGEST_LENT)
+
+
+def _own_weight(num_frames: int) -> float:
+    """Of what so many frames show, beside what is known from elsewhere, in [0, 1)."""
+    return num_frames / (num_frames + PRIOR_FRAMES)
+
+
+def _are_few(num_frames: int) -> bool:
+    """Whether so many frames leave anything to be told from elsewhere."""
+    return num_frames < ENOUGH * PRIOR_FRAMES
 
 
 def _quantiles(values: Sequence[float], weights: Sequence[float], num: int = 32) -> tuple[int, ...]:
@@ -164,7 +173,7 @@ def add_cytoplasm(background: Background, radius: float, num_frames: int) -> Non
         radius: Of the usual cell, pixels.
         num_frames: How many are annotated.
     """
-    rate = CYTOPLASM * PRIOR_FRAMES / (num_frames + PRIOR_FRAMES) if num_frames < ENOUGH * PRIOR_FRAMES else 0.0
+    rate = (1 - _own_weight(num_frames)) * CYTOPLASM if _are_few(num_frames) else 0.0
     background.config = replace(background.config, cytoplasm_rate=rate, cytoplasm_width=max(radius / 2, 1.5))
 
 
