@@ -290,7 +290,8 @@ class Scenes(Batch):
         light: float32 [B, 1, (Z,) Y, X], sum of the placed cells' light; 1 is the median cell of the frame.
         labels: int32 [B, 1, (Z,) Y, X], contiguous from 1 in every sample, 0 = background.
         num_requested: int64 [B], cells that were to be placed.
-        num_placed: int64 [B], cells that found a free position and kept the minimum area inside the canvas.
+        num_placed: int64 [B], cells that found a free position and kept the minimum area inside the canvas; their labels come
+            first, those of fragments follow.
     """
 
     light: Tensor

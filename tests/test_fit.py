@@ -67,6 +67,8 @@ def test_an_embedded_cascade_adapted_in_seconds_generates_populations(tmp_path):
     source = Cascade.from_pretrained("nuclei-2d")
     assert 0 < cascade.config.lent_share < 1
     assert 0 < cascade.background.config.cytoplasm_rate < 1
+    assert cascade.texture.config.mottle_rate == 0 < cascade.lent_texture.config.mottle_rate
+    assert 0 < cascade.population.config.fragment_rate < 1
     for name in ("masks", "texture"):
         lent, known = cascade.stages()[f"lent_{name}"], source.stages()[name]
         for key, value in known.state_dict().items():

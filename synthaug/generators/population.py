@@ -21,6 +21,7 @@ from torch import Tensor
 
 from synthaug.errors import InputError
 from synthaug.generators import layout
+from synthaug.generators.fragments import add_fragments, draw_fragments
 from synthaug.generators.region import Region
 from synthaug.generators.stage import Noise, Stage
 from synthaug.kernels.compositing import composite, resample, resample_stacks
@@ -29,6 +30,9 @@ from synthaug.types import Cells, Scenes
 
 DEEPEST_FURROW = 0.5
 """Share of a cell's light that is missing at most where it is pressed against another."""
+
+OF_FRAMES = ("region", "fragment", "fragment_place")
+"""Noise that belongs to frames, not to cells."""
 
 ODD = (1.5, 4.0)
 """By how much a very bright (dim) cell is brighter (dimmer) than it would be, drawn evenly on a logarithmic scale."""
@@ -51,6 +55,8 @@ class PopulationConfig:
         gain_sigma: standard deviation of the log of the brightness gain a cell gets every time it is used.
         odd_rate: share of the uses, in [0, 1], in which a cell is much dimmer or brighter besides, as cells out of focus and
             cells in mitosis are: by a factor of `ODD`, two of three times dimmer.
+        fragment_rate, fragment_radius: of frames: groups of fragments for each cell, in [0, 1], and the radius of the usual
+            cell, pixels > 0, by which they are measured; see `fragments.py`.
         z_spacing: pixels of the image plane from plane to plane, > 0; gaps and clearances along z are counted with it.
         reach_z: planes by which a volume grows along Z, as `reach`.
         mirror_z: whether cells of volumes are also mirrored along z.
@@ -67,6 +73,8 @@ class PopulationConfig:
     num_tries: int = 64
     gain_sigma: float = 0.04
     odd_rate: float = 0.0
+    fragment_rate: float = 0.0
+    fragment_radius: float = 10.0
     z_spacing: float = 1.0
     reach_z: float = 0.0
     mirror_z: bool = True
@@ -75,14 +83,15 @@ class PopulationConfig:
     def __post_init__(self) -> None:
         if isinstance(self.region, dict):  # from a config file
             object.__setattr__(self, "region", Region(**self.region))
-        probabilities = self.clustering, self.odd_rate
-        if (
-            self.min_area < 1
-            or self.num_tries < 1
-            or self.z_spacing <= 0
-            or not all(0 <= p <= 1 for p in probabilities)
-        ):
-            expected = "min_area, num_tries >= 1, clustering and odd_rate in [0, 1], z_spacing > 0"
+        probabilities, lengths = (
+            (self.clustering, self.odd_rate, self.fragment_rate),
+            (self.z_spacing, self.fragment_radius),
+        )
+        if self.min_area < 1 or self.num_tries < 1 or min(lengths) <= 0 or not all(0 <= p <= 1 for p in probabilities):
+            expected = (
+                "min_area, num_tries >= 1, clustering, odd_rate and fragment_rate in [0, 1], "
+                "z_spacing and fragment_radius > 0"
+            )
             raise InputError("PopulationConfig", expected=expected, got=self)
         lowest = min(self.clearance, self.reach, self.reach_z, self.dispersion, self.gain_sigma)
         if not self.gaps or lowest < 0:
@@ -105,6 +114,7 @@ class PopulationConfig:
             gaps=tuple(round(gap / plane) for gap in self.gaps),
             clearance=round(self.clearance / plane),
             reach=self.reach / plane,
+            fragment_radius=self.fragment_radius / plane,
             frame_size=tuple(round(n / f) for n, f in zip(self.frame_size, sizes)),
             z_spacing=self.z_spacing * z / plane,
             reach_z=self.reach_z / z,
@@ -235,7 +245,7 @@ class PopulationSynthesis(Stage):
             [0, 1), "position" and "direction" [B, n, T, 2 or 3], "gap" [B, n, T] in [0, 1); float32. Where cells are
             pressed together also "furrow" [B, n] in [0, 1), how dark the line between is. In 3D also
             "mirror" [B, n] (+1 or -1) and "choice" [B, n, T, 2] in [0, 1), and with a region "region" float64
-            [B, 7, 3], whose unit ball then holds the positions.
+            [B, 7, 3], whose unit ball then holds the positions. Where there are fragments, what `draw_fragments` returns.
         """
         self._check_size(size)
         n, t, axes = max(num_cells, default=0), self.config.num_tries, len(size)
@@ -270,6 +280,8 @@ class PopulationSynthesis(Stage):
                 values["position"] = points.reshape(count, t, 3)
             for name, value in values.items():
                 noise[name][row, :count] = torch.from_numpy(np.asarray(value, np.float32))
+        if axes == 2 and self.config.fragment_rate > 0:
+            noise |= draw_fragments(keys, num_cells, self.config.fragment_rate)
         return noise
 
     def _values(self, random: np.random.Generator, count: int, axes: int) -> dict[str, NDArray[Any]]:
@@ -344,20 +356,24 @@ class PopulationSynthesis(Stage):
         if device.type != "cpu":  # only those that are placed are copied
             cells, which = cells.select(which.to(device)).to("cpu"), torch.arange(len(which))
         drawn = _of_cells(noise, counts)
+        known = None if occupied is None else _compact(occupied)
         if len(size) == 2:
             image, masks = resample(cells, drawn["rotation"], drawn["flip"], which)
-            labels, corners = self._place(masks, drawn, counts, p, _compact(occupied, len(picks), size))
+            canvas = torch.zeros((len(picks), *size), dtype=torch.int32) if known is None else known
+            labels, corners = self._place(masks, drawn, counts, p, canvas)
         else:
             image, masks = resample_stacks(cells, drawn["rotation"], drawn["flip"], drawn["mirror"], which)
-            known = None if occupied is None else _compact(occupied, len(picks), size)
             labels, corners = self._place_3d(masks, drawn, counts, p, size, self._regions(noise, known), known)
         pressed = (masks, labels, drawn["furrow"]) if "furrow" in drawn else None
         light = composite(image, cells.brightness[which] * drawn["gain"], corners, counts, size, pressed)
+        num_placed = labels.flatten(1).amax(1).to(device, torch.int64)
+        if "fragment" in noise:
+            add_fragments(light, labels, noise, self.config.fragment_radius, self.config.min_area, known)
         return Scenes(
             light=light[:, None].to(device),
             labels=labels[:, None].to(device),
             num_requested=torch.tensor(counts, dtype=torch.int64, device=device),
-            num_placed=labels.flatten(1).amax(1).to(device, torch.int64),
+            num_placed=num_placed,
         )
 
     def _place(
@@ -477,7 +493,7 @@ def _of_cells(noise: Noise, counts: Sequence[int]) -> Noise:
     return {
         name: torch.cat([value.flatten(0, 1)[:0], *(value[i, :n] for i, n in enumerate(counts))])
         for name, value in noise.items()
-        if name != "region"
+        if name not in OF_FRAMES
     }
 
 
@@ -607,11 +623,10 @@ def _spread(planes: list[int], most: int) -> list[int]:
     return planes and [planes[i] for i in np.unique(np.linspace(0, len(planes) - 1, most).round().astype(int))]
 
 
-def _compact(occupied: Tensor | None, num_frames: int, size: tuple[int, ...]) -> Tensor:
+def _compact(occupied: Tensor) -> Tensor:
     """Labels of each frame renumbered from 1 without holes; int32 [B, (Z,) Y, X] on the CPU."""
-    out = torch.zeros((num_frames, *size), dtype=torch.int32)
-    if occupied is not None:
-        for row, labels in zip(out.numpy(), occupied[:, 0].cpu().numpy()):
-            ids = np.unique(labels)
-            row[:] = np.where(labels != 0, np.searchsorted(ids[ids != 0], labels) + 1, 0)
+    out = torch.zeros_like(occupied[:, 0], device="cpu")
+    for row, labels in zip(out.numpy(), occupied[:, 0].cpu().numpy()):
+        ids = np.unique(labels)
+        row[:] = np.where(labels != 0, np.searchsorted(ids[ids != 0], labels) + 1, 0)
     return out

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from synthaug.generators.camera import gaussian_blur
 from synthaug.generators.diffusion import build_scheduler, denoise
+from synthaug.generators.mottle import draw_mottle, mottled
 from synthaug.generators.stage import Noise, Stage
 from synthaug.randomness import SampleKey, normal
 from synthaug.types import CellMasks, Cells, Slices
@@ -63,6 +64,7 @@ class TextureConfig:
             negative: outside. Some annotators draw outlines wide, others tight.
         blur: Standard deviation of a Gaussian blur of the light, crop pixels: a few annotated cells do not teach the networks
             a microscope less sharp than the one they have learned from.
+        mottle_rate: Of frames: share of the cells, in [0, 1], with clumps or holes beyond what was learned (`mottle.py`).
         axial_extent: Stacks: length of a cell's light along z over that of its mask (`axial.axial_extent`); 1 where masks
             end at half the light, less where annotations include the blur.
         axial_sigma: Stacks: standard deviation of the microscope's blur along z, planes (`axial.axial_sigma`).
@@ -84,6 +86,7 @@ class TextureConfig:
     image_range: tuple[float, float] = (-0.25, 2.25)
     outline_shift: float = 0.0
     blur: float = 0.0
+    mottle_rate: float = 0.0
     axial_extent: float = 1.0
     axial_sigma: float = 0.0
 
@@ -310,7 +313,8 @@ class TextureDiffusion(Stage):
 
         c_s = rho / sqrt(1 + rho^2) * c_cmn + 1 / sqrt(1 + rho^2) * c_unq: unit variance, correlation rho^2 / (1 + rho^2)
         between any two slices of a cell. With `slice_sigma`, c_unq is blurred over the slices, which keeps its variance:
-        slices d apart then correlate by (rho^2 + r(d)) / (1 + rho^2), r being `slice_correlation`.
+        slices d apart then correlate by (rho^2 + r(d)) / (1 + rho^2), r being `slice_correlation`. Frames whose cells may be
+        mottled have `mottle` as well, see `draw_mottle`.
         """
         taps = slice_taps(self.config.slice_sigma) if num_slices > 1 else [1.0]
         drawn = normal([k.child("unique") for k in keys], (num_slices + len(taps) - 1, *self.latent_shape))
@@ -318,7 +322,10 @@ class TextureDiffusion(Stage):
         for i, tap in enumerate(taps[1:], start=1):
             unique += tap * drawn[:, i : i + num_slices]
         if num_slices == 1:
-            return {"latent": unique}  # with one slice eq. 2 is plain unit noise
+            noise = {"latent": unique}  # with one slice eq. 2 is plain unit noise
+            if self.config.mottle_rate > 0:
+                noise["mottle"] = draw_mottle(keys, self.config.crop_size, self.config.mottle_rate)
+            return noise
         common = normal([k.child("common") for k in keys], (1, *self.latent_shape))
         rho = self.config.rho
         return {"latent": (rho * common + unique) / (1 + rho**2) ** 0.5}
@@ -334,11 +341,11 @@ class TextureDiffusion(Stage):
         if isinstance(masks, Slices):
             return self._texture_stack(masks, noise["latent"])
         sdf = masks.sdf
-        image = self._texture(sdf, masks.brightness, noise["latent"][:, 0])
+        image = self._texture(sdf, masks.brightness, noise["latent"][:, 0], noise.get("mottle"))
         return Cells(image=image[:, None], sdf=sdf[:, None], brightness=masks.brightness, scale=masks.scale)
 
-    def _texture(self, sdf: Tensor, brightness: Tensor, latent: Tensor) -> Tensor:
-        """Light float32 [B, S, S] of outlines [B, S, S], mean 1 inside, from noise [B, C, h, w]."""
+    def _texture(self, sdf: Tensor, brightness: Tensor, latent: Tensor, mottle: Tensor | None = None) -> Tensor:
+        """Light float32 [B, S, S] of outlines [B, S, S], mean 1 inside, from noise [B, C, h, w] and of `draw_mottle`."""
         half_depth = -0.5 * sdf.flatten(1).amin(1)[:, None, None]  # however small, a cell keeps some light
         shift = torch.minimum(half_depth.clamp_min(0), torch.full_like(half_depth, self.config.outline_shift))
         condition = self.condition(sdf + shift, brightness)
@@ -349,6 +356,8 @@ class TextureDiffusion(Stage):
             self.config.num_inference_steps,
         )
         image = self.decode(latent)
+        if mottle is not None:
+            image = mottled(image, sdf, mottle.to(self.device))
         if self.config.blur:
             image = gaussian_blur(image[:, None], self.config.blur)[:, 0]
         mask = sdf < 0

@@ -35,7 +35,15 @@ from synthaug.generators.surface import NeuSSurface, SurfaceConfig
 from synthaug.generators.texture import TextureDiffusion
 from synthaug.hub import ALIASES, embedded_cascades
 from synthaug.training import recipes
-from synthaug.training.borrowing import USUAL, add_cytoplasm, borrow_placement, borrow_styles, lend_cells
+from synthaug.training.borrowing import (
+    MOTTLED,
+    USUAL,
+    add_cytoplasm,
+    add_fragments,
+    borrow_placement,
+    borrow_styles,
+    lend_cells,
+)
 from synthaug.training.loop import LoopResult
 from synthaug.training.material import Frames, Pair, Volumes
 from synthaug.training.multiview import fit_multiview
@@ -212,12 +220,13 @@ def fit(
         lent_share, lent_zoom = lend_cells(masks, lender.masks, len(pairs))
         if lent_share > 0:
             lender.masks.config = replace(lender.masks.config, usual=USUAL)
+            lender.texture.config = replace(lender.texture.config, mottle_rate=MOTTLED)
             extra |= {"lent_masks": lender.masks, "lent_texture": lender.texture}
     border = texture.config
     notes = [f"light ends {border.outline_shift:.2f} px inside the outlines and is blurred by {border.blur:.2f} px"]
     if lent_share > 0:
         notes.append(
-            f"{lent_share:.0%} of the cells are those of {start} as it is, 1 to {lent_zoom:.2f} times their size"
+            f"{lent_share:.0%} of the cells are those of {start} as it is, 1 to {lent_zoom:.2f} times their size, mottled"
         )
     notes += material.finish(texture, background, seed)
     cascade = Cascade(
@@ -239,8 +248,13 @@ def fit(
     if source is not None:
         borrow_styles(cascade.background, source.background)  # last, as what comes before goes by a row for each image
         if ndim == 2:
-            add_cytoplasm(cascade.background, float(masks.attributes[:, 0].median().exp()), len(pairs))
-            notes.append(f"{cascade.background.config.cytoplasm_rate:.0%} of the frames have light of the cytoplasm")
+            radius = float(masks.attributes[:, 0].median().exp())
+            add_cytoplasm(cascade.background, radius, len(pairs))
+            add_fragments(cascade.population, radius, len(pairs))
+            notes.append(
+                f"{cascade.background.config.cytoplasm_rate:.0%} of the frames have light of the cytoplasm; "
+                f"for each cell there are {cascade.population.config.fragment_rate:.3f} groups of fragments"
+            )
     for line in notes:
         log(line)
     card = model_card(out.name, request, len(pairs), crops, results, data_card, [*material.remarks(), *notes])
