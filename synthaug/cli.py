@@ -304,7 +304,7 @@ def experiment(
     fit_minutes: Annotated[float, typer.Option(help="Of each cascade.")] = 3.0,
     prior: Annotated[str | None, typer.Option(help="Shapes: ellipsoid, bezier or spherical-harmonics.")] = None,
     without: Annotated[str, typer.Option(help="Ablations, by commas: multiview, pretraining.")] = "",
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of every training.")] = 600,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of every training.")] = 1500,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default 8, or 2 in 3D.")] = None,
     size: Annotated[str | None, typer.Option(help="Of patches, default 192x192; 3D: of samples, 32x96x96.")] = None,
     crop: Annotated[str | None, typer.Option(help="Trained on, default 128x128, or 80x80 in 3D.")] = None,

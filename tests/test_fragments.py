@@ -52,12 +52,18 @@ def test_they_are_small_single_pieces_of_their_own_beside_the_cells() -> None:
     assert max(bright) > 3
 
 
-def test_what_is_too_small_to_be_outlined_shines_nevertheless() -> None:
-    light, labels = canvases(8)
-    noise = draw_fragments(keys(8), [20] * 8, 0.2)
-    add_fragments(light, labels, noise, CELL, 10_000)
-    assert int(labels.max()) == 1, "none is labelled"
-    assert float(light[labels == 0].max()) > 0.5
+def test_what_would_be_too_small_is_drawn_larger() -> None:
+    noise = draw_fragments(keys(24), [40] * 24, 0.1)
+    sizes = []
+    for least in (20, 80):
+        light, labels = canvases(24)
+        add_fragments(light, labels, noise, CELL, least)
+        found = [np.bincount(frame.ravel())[2:] for frame in labels.numpy()]
+        sizes.append(np.concatenate(found))
+        # What shines is outlined, but for the glow around it.
+        assert float(light[labels == 0].max()) < 0.75 * float(light.max())
+    assert all(len(found) > 40 and found.min() >= least for found, least in zip(sizes, (20, 80)))
+    assert np.median(sizes[1]) < 160
 
 
 def test_they_touch_nothing_that_is_occupied() -> None:

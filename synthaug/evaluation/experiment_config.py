@@ -54,7 +54,7 @@ class ExperimentConfig:
     fit_minutes: float = 3.0
     prior: str | None = None
     without: tuple[str, ...] = ()
-    steps: int = 600
+    steps: int = 1500
     batch_size: int = 8
     size: tuple[int, ...] = (192, 192)
     crop: tuple[int, int] = (128, 128)
