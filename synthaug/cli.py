@@ -316,8 +316,11 @@ def experiment(
     ] = None,
     max_reuse: Annotated[int, typer.Option(min=1, help="Uses of a synthetic cell.")] = 64,
     real_cells: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of annotated cells among those of synthetic samples in `both`.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Share of annotated cells among those of synthetic samples in `both`; default 0.3."
+        ),
+    ] = None,
     min_area: Annotated[int | None, typer.Option(min=1, help="Smallest instance; default 20 px, or 50 voxels.")] = None,
     photons: Annotated[float | None, typer.Option(help="See all images through a camera as dim as this.")] = None,
     voxel_size: VoxelSize = None,

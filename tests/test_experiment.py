@@ -193,6 +193,12 @@ def test_what_makes_no_sense_is_refused(settings: dict[str, Any], message: str) 
         ExperimentConfig(**settings)
 
 
+def test_synthetic_frames_hold_annotated_cells_unless_that_is_declined() -> None:
+    assert ExperimentConfig(real_cells=0.0).share_of_real_cells == 0
+    assert ExperimentConfig(arms=("both",), size=(16, 64, 64), crop=(64, 64)).share_of_real_cells == 0
+    assert 0 < ExperimentConfig().share_of_real_cells < 1
+
+
 def test_frames_where_volumes_are_asked_for(data: Path, tmp_path: Path) -> None:
     config = ExperimentConfig(arms=("real",), **{**SMALL, "size": (16, 48, 48), "crop": (48, 48)})
     with pytest.raises(InputError, match="2 numbers"):

@@ -13,6 +13,10 @@ PRIORS = ("ellipsoid", "bezier", "spherical-harmonics")
 WITHOUT = ("multiview", "pretraining")
 SEGMENTERS = ("monai", "cellpose")
 
+REAL_CELLS = 0.3
+"""Share of the annotated cells in the synthetic frames of `both`. None at all taught less about cells that are alike, a half
+less about others (`benchmarks/evidence.md`)."""
+
 
 @dataclass(frozen=True)
 class ExperimentConfig:
@@ -35,7 +39,8 @@ class ExperimentConfig:
         crop: (Y, X) of what is cut out of them at random to train on, multiples of 8; by Cellpose, squares of the longer side.
         ratio: Share of synthetic samples in `both` and `real+copy-paste`; None goes by how many annotated patches there are,
             see `ratio_of`.
-        real_cells: Share of the annotated cells themselves among those of synthetic samples in `both`; 0 in 3D.
+        real_cells: Share of the annotated cells themselves among those of synthetic samples in `both`; None is `REAL_CELLS` of
+            frames and 0 of volumes, of whose cells single planes are known.
         max_reuse: Uses of a synthetic cell.
         learning_rate: Peak rate.
         min_area: Smallest instance that counts, in truth and prediction, pixels (voxels).
@@ -59,7 +64,7 @@ class ExperimentConfig:
     size: tuple[int, ...] = (192, 192)
     crop: tuple[int, int] = (128, 128)
     ratio: float | None = None
-    real_cells: float = 0.0
+    real_cells: float | None = None
     max_reuse: int = 64
     learning_rate: float = 3e-3
     min_area: int = 20
@@ -85,7 +90,7 @@ class ExperimentConfig:
         if self.ndim == 3 and ("real+copy-paste" in self.arms or self.segmenter == "cellpose"):
             got = "volumes, of whose cells single planes are known"
             raise InputError("real+copy-paste, cellpose", expected="frames", got=got, remedy="Leave them out in 3D.")
-        if not 0 <= self.real_cells <= 1 or (self.ndim == 3 and self.real_cells):
+        if not 0 <= self.share_of_real_cells <= 1 or (self.ndim == 3 and self.real_cells):
             raise InputError("real_cells", expected="a share in [0, 1], 0 in 3D", got=self.real_cells)
         if self.ndim == 3 and self.also:
             raise InputError("also", expected="frames", got="volumes, of which the arms see different parts")
@@ -98,6 +103,13 @@ class ExperimentConfig:
     def ndim(self) -> int:
         """2 for frames, 3 for volumes."""
         return len(self.size)
+
+    @property
+    def share_of_real_cells(self) -> float:
+        """`real_cells`, or what None stands for."""
+        if self.real_cells is not None:
+            return self.real_cells
+        return REAL_CELLS if self.ndim == 2 else 0.0
 
     def ratio_of(self, num: int | None) -> float:
         """Share of synthetic samples beside so many annotated patches, None for all.

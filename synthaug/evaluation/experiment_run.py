@@ -124,7 +124,7 @@ def train_arm(task: Task, run: Run, log: Log = lambda line: None) -> dict[str, A
     annotated = task.annotated(run.num, run.seed, run.arm)
     test = task.pairs(task.test)
     mixed = config.ratio_of(run.num)
-    real_cells = {"both": config.real_cells, "real+copy-paste": 1.0}.get(run.arm, 0.0)
+    real_cells = {"both": config.share_of_real_cells, "real+copy-paste": 1.0}.get(run.arm, 0.0)
     ratio = {"synthetic": 1.0, "both": mixed, "real+copy-paste": mixed}.get(run.arm, 0.0)
     size = config.size[-2:] if run.arm == "real-2d" else config.size
     stream = SynthDataset(
