@@ -107,6 +107,14 @@ def test_populations_have_them_behind_their_cells() -> None:
     assert int(made.labels.max()) > int(plain.labels.max())
     assert torch.equal(again.image[0], made.image[2])
     assert torch.equal(again.labels[0], made.labels[2])
+    image, there = plain.image[0], plain.labels[0]
+    cells = cascade.cells([SampleKey(4, ("cell", i)) for i in range(8)])
+    pasted, labels = cascade.paste(cells, image, there, SampleKey(5, ("paste",)), num_cells=8)
+    assert torch.equal(labels[there > 0], there[there > 0]), "what was there keeps its pixels"
+    added = labels[(there == 0) & (labels > 0)].unique().tolist()
+    assert added == list(range(int(there.max()) + 1, int(labels.max()) + 1))
+    assert len(added) > 8
+    assert not torch.equal(pasted, image)
 
 
 def test_the_fewer_frames_are_annotated_the_more_there_are() -> None:

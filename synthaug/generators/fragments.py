@@ -162,7 +162,7 @@ def _add(
     dy, dx = np.ogrid[window]
     dy, dx = dy - y, dx - x
     along, across = cosine * dx + sine * dy, cosine * dy - sine * dx
-    distance = size * (1 - np.hypot(along / math.sqrt(aspect), across * math.sqrt(aspect)) / size)
+    distance = size - np.hypot(along / math.sqrt(aspect), across * math.sqrt(aspect))
     mask = distance > -LOOSE
     free = mask & ~taken[window]
     if free.sum() < max(min_area, LEAST_SEEN * mask.sum()) or ndimage.label(free)[1] > 1:
