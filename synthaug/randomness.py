@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,6 +75,16 @@ class SampleKey:
     def numpy(self) -> np.random.Generator:
         """A fresh numpy generator (Philox) at the start of this key's stream."""
         return np.random.Generator(np.random.Philox(key=int.from_bytes(self.digest(), "little")))
+
+
+def log_between(ends: tuple[float, float], share: Any) -> Any:
+    """So far from one end to the other on a logarithmic scale; `share` in [0, 1], a number or an array.
+
+    >>> log_between((1.0, 100.0), 0.5)
+    10.0
+    """
+    low, high = ends
+    return low * (high / low) ** share
 
 
 def normal(keys: Sequence[SampleKey], shape: Sequence[int]) -> Tensor:

@@ -12,11 +12,10 @@ from skimage.measure import label as components
 
 from synthaug.cascade import Cascade
 from synthaug.errors import InputError
-from synthaug.generators.fragments import COLUMNS, MOST, add_fragments, draw_fragments
+from synthaug.generators.fragments import COLUMNS, MOST, draw_fragments, scatter_fragments
 from synthaug.generators.population import PopulationConfig
 from synthaug.randomness import SampleKey
-from synthaug.training.borrowing import FRAGMENTS
-from synthaug.training.borrowing import add_fragments as let_there_be_fragments
+from synthaug.training.borrowing import FRAGMENTS, add_fragments
 
 SIZE, CELL, LEAST = (128, 160), 16.0, 20
 
@@ -35,7 +34,7 @@ def canvases(num: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_they_are_small_single_pieces_of_their_own_beside_the_cells() -> None:
     light, labels = canvases(24)
     before = labels.clone()
-    add_fragments(light, labels, draw_fragments(keys(24), [40] * 24, 0.1), CELL, LEAST)
+    scatter_fragments(light, labels, draw_fragments(keys(24), [40] * 24, 0.1), CELL, LEAST)
     sizes, bright = [], []
     for frame, old, shine in zip(labels.numpy(), before.numpy(), light.numpy()):
         assert (frame[old > 0] == 1).all(), "the cell keeps its pixels"
@@ -57,7 +56,7 @@ def test_what_would_be_too_small_is_drawn_larger() -> None:
     sizes = []
     for least in (20, 80):
         light, labels = canvases(24)
-        add_fragments(light, labels, noise, CELL, least)
+        scatter_fragments(light, labels, noise, CELL, least)
         found = [np.bincount(frame.ravel())[2:] for frame in labels.numpy()]
         sizes.append(np.concatenate(found))
         # What shines is outlined, but for the glow around it.
@@ -69,14 +68,14 @@ def test_what_would_be_too_small_is_drawn_larger() -> None:
 def test_they_touch_nothing_that_is_occupied() -> None:
     light, labels = torch.zeros(4, *SIZE), torch.zeros(4, *SIZE, dtype=torch.int32)
     occupied = canvases(4)[1]
-    add_fragments(light, labels, draw_fragments(keys(4), [50] * 4, 0.2), CELL, LEAST, occupied)
+    scatter_fragments(light, labels, draw_fragments(keys(4), [50] * 4, 0.2), CELL, LEAST, occupied)
     assert int(labels.max()) > 5
     assert not bool((labels[occupied > 0] > 0).any())
 
 
 def test_a_full_frame_gets_none() -> None:
     light, labels = torch.zeros(2, *SIZE), torch.ones(2, *SIZE, dtype=torch.int32)
-    add_fragments(light, labels, draw_fragments(keys(2), [50, 50], 0.2), CELL, LEAST)
+    scatter_fragments(light, labels, draw_fragments(keys(2), [50, 50], 0.2), CELL, LEAST)
     assert int(labels.max()) == 1
     assert float(light.max()) == 0
 
@@ -121,7 +120,7 @@ def test_the_fewer_frames_are_annotated_the_more_there_are() -> None:
     cascade = copy.deepcopy(Cascade.from_pretrained("nuclei-2d"))
     rates = []
     for num in (1, 4, 40):
-        let_there_be_fragments(cascade.population, 12.0, num)
+        add_fragments(cascade.population, 12.0, num)
         rates.append(cascade.population.config.fragment_rate)
     assert rates == pytest.approx([0.8 * FRAGMENTS, 0.5 * FRAGMENTS, 0.0])
     assert cascade.population.config.at_scale(1.0, 2.0).fragment_radius == 6.0

@@ -312,7 +312,6 @@ def test_threads_end_with_the_stream() -> None:
     second = ours() - before
     assert len(second) == 2
     del stream
-    gc.collect()
     assert not alive(second)
 
 

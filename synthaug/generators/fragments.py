@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from synthaug.generators.stage import Noise
-from synthaug.randomness import SampleKey
+from synthaug.randomness import SampleKey, log_between
 
 MOST = 16
 """Fragments of a group; every number from 1 on, evenly on a logarithmic scale."""
@@ -51,7 +52,7 @@ COLUMNS = ("group", "radius", "aspect", "cosine", "sine", "brightness", "softnes
 
 
 def draw_fragments(keys: Sequence[SampleKey], num_cells: Sequence[int], rate: float) -> Noise:
-    """The random numbers of `add_fragments`; row i depends on `keys[i]` and `num_cells[i]` alone.
+    """The random numbers of `scatter_fragments`; row i depends on `keys[i]` and `num_cells[i]` alone.
 
     Args:
         keys: B keys.
@@ -60,16 +61,13 @@ def draw_fragments(keys: Sequence[SampleKey], num_cells: Sequence[int], rate: fl
 
     Returns:
         `fragment_place` float32 [B, G, T, 3], where a group may lie (Y and X in [0, 1)) and how far from cells; `fragment`
-        float32 [B, M, K], rows of `COLUMNS`. Both are padded with zeros.
+        float32 [B, M, K], rows of `COLUMNS`. Both are padded with zeros, and left out where there are no keys.
     """
     rows = [_draw(key.child("fragments").numpy(), n, rate) for key, n in zip(keys, num_cells, strict=True)]
-    noise = {}
-    for name, values in zip(("fragment_place", "fragment"), zip(*rows) if rows else ((), ())):
-        shape = (TRIES, 3) if name == "fragment_place" else (len(COLUMNS),)
-        noise[name] = torch.zeros((len(rows), max((len(v) for v in values), default=0), *shape))
-        for row, value in zip(noise[name], values):
-            row[: len(value)] = torch.from_numpy(value)
-    return noise
+    return {
+        name: pad_sequence([torch.from_numpy(value) for value in values], batch_first=True)
+        for name, values in zip(("fragment_place", "fragment"), zip(*rows))
+    }
 
 
 def _draw(random: np.random.Generator, num_cells: int, rate: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -78,15 +76,15 @@ def _draw(random: np.random.Generator, num_cells: int, rate: float) -> tuple[NDA
     place = random.random((num, TRIES, 3), dtype=np.float32)
     groups = [np.empty((0, len(COLUMNS)))]
     for group in range(num):
-        size = int(_between(1.0, MOST + 1.0, random.random()))
-        spread, bright = random.uniform(*SPREAD), _between(*BRIGHTNESS, random.random())
-        radius = _between(*RADIUS, random.random()) / math.sqrt(size)
+        size = int(log_between((1.0, MOST + 1.0), random.random()))
+        spread, bright = random.uniform(*SPREAD), log_between(BRIGHTNESS, random.random())
+        radius = log_between(RADIUS, random.random()) / math.sqrt(size)
         angle = random.uniform(0, math.pi, size)
         columns = (
             np.full(size, group + 1.0),
             # The largest come first, so that none surrounds another.
             np.sort(radius * np.exp(UNEQUAL_RADII * random.standard_normal(size)))[::-1],
-            _between(1.0, ASPECT, random.random(size)),
+            log_between((1.0, ASPECT), random.random(size)),
             np.cos(angle),
             np.sin(angle),
             bright * np.exp(UNEQUAL * random.standard_normal(size)),
@@ -97,7 +95,7 @@ def _draw(random: np.random.Generator, num_cells: int, rate: float) -> tuple[NDA
     return place, np.concatenate(groups).astype(np.float32)
 
 
-def add_fragments(
+def scatter_fragments(
     light: Tensor, labels: Tensor, noise: Noise, radius: float, min_area: int, occupied: Tensor | None = None
 ) -> None:
     """Add fragments to frames, in place.
@@ -171,8 +169,3 @@ def _add(
     labels[window][free] = number
     taken[window] |= free
     return True
-
-
-def _between(low: float, high: float, share: float | NDArray[np.float64]) -> float | NDArray[np.float64]:
-    """So far from one to the other on a logarithmic scale."""
-    return low * (high / low) ** share

@@ -163,6 +163,11 @@ class MaskDDPM(Stage):
         self.register_buffer("attributes", torch.zeros(1, len(config.attributes)))
 
     @property
+    def usual_radius(self) -> float:
+        """The median of the real cells' radii, image pixels."""
+        return float(self.attributes[:, 0].exp().median())
+
+    @property
     def grid_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of what the network denoises."""
         side = self.config.grid_size // self.config.patch_size

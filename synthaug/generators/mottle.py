@@ -14,7 +14,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from synthaug.randomness import SampleKey
+from synthaug.randomness import SampleKey, log_between
 
 SIZE = (1.0, 6.0)
 """Standard deviation of the blur that makes the field, crop pixels, evenly on a logarithmic scale."""
@@ -41,7 +41,7 @@ def draw_mottle(keys: Sequence[SampleKey], side: int, rate: float) -> Tensor:
         random = key.child("mottle").numpy()
         if random.random() >= rate:
             continue
-        sigma, strength = (low * (high / low) ** random.random() for low, high in (SIZE, STRENGTH))
+        sigma, strength = (log_between(ends, random.random()) for ends in (SIZE, STRENGTH))
         sign = 1.0 if random.random() < 0.5 else -1.0
         field = ndimage.gaussian_filter(random.standard_normal((side, side)), sigma, mode="wrap")
         # Analytically: the standard deviation of one small field would be that of a few blotches.

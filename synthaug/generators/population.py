@@ -21,7 +21,7 @@ from torch import Tensor
 
 from synthaug.errors import InputError
 from synthaug.generators import layout
-from synthaug.generators.fragments import add_fragments, draw_fragments
+from synthaug.generators.fragments import draw_fragments, scatter_fragments
 from synthaug.generators.region import Region
 from synthaug.generators.stage import Noise, Stage
 from synthaug.kernels.compositing import composite, resample, resample_stacks
@@ -368,7 +368,7 @@ class PopulationSynthesis(Stage):
         light = composite(image, cells.brightness[which] * drawn["gain"], corners, counts, size, pressed)
         num_placed = labels.flatten(1).amax(1).to(device, torch.int64)
         if "fragment" in noise:
-            add_fragments(light, labels, noise, self.config.fragment_radius, self.config.min_area, known)
+            scatter_fragments(light, labels, noise, self.config.fragment_radius, self.config.min_area, known)
         return Scenes(
             light=light[:, None].to(device),
             labels=labels[:, None].to(device),
@@ -625,7 +625,7 @@ def _spread(planes: list[int], most: int) -> list[int]:
 
 def _compact(occupied: Tensor) -> Tensor:
     """Labels of each frame renumbered from 1 without holes; int32 [B, (Z,) Y, X] on the CPU."""
-    out = torch.zeros_like(occupied[:, 0], device="cpu")
+    out = torch.zeros(occupied[:, 0].shape, dtype=torch.int32)
     for row, labels in zip(out.numpy(), occupied[:, 0].cpu().numpy()):
         ids = np.unique(labels)
         row[:] = np.where(labels != 0, np.searchsorted(ids[ids != 0], labels) + 1, 0)

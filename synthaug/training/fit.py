@@ -248,9 +248,8 @@ def fit(
     if source is not None:
         borrow_styles(cascade.background, source.background)  # last, as what comes before goes by a row for each image
         if ndim == 2:
-            radius = float(masks.attributes[:, 0].median().exp())
-            add_cytoplasm(cascade.background, radius, len(pairs))
-            add_fragments(cascade.population, radius, len(pairs))
+            add_cytoplasm(cascade.background, masks.usual_radius, len(pairs))
+            add_fragments(cascade.population, masks.usual_radius, len(pairs))
             notes.append(
                 f"{cascade.background.config.cytoplasm_rate:.0%} of the frames have light of the cytoplasm; "
                 f"for each cell there are {cascade.population.config.fragment_rate:.3f} groups of fragments"

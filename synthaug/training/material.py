@@ -258,7 +258,7 @@ def matching_scale(crops: CropSet, source: Cascade | None) -> float:
     """
     if source is None:
         return 1.0
-    theirs = float(source.masks.attributes[:, 0].exp().median()) / source.least_scale
+    theirs = source.masks.usual_radius / source.least_scale
     factor = float(crops.radius.median()) / theirs
     return 1.0 if factor > SAME_SIZE else max(factor, LEAST_SCALE)
 
