@@ -22,16 +22,26 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore")  # the frameworks' own advice
 
 ONE_RANK = """
-import json
+import json, sys
+import torch
 from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
 from tests.test_synth import dataset
 
-accelerator = Accelerator(cpu=True)
-network = accelerator.prepare(__import__("torch").nn.Conv2d(1, 1, 3))
+dispatch, folder = json.loads(sys.argv[1]), sys.argv[2]
+accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=dispatch))
 stream = dataset(num_batches=3, num_shards=2)
-sums = [batch["image"].double().sum((1, 2, 3)).tolist() for batch in stream.loader(num_workers=0)]
+network, loader = accelerator.prepare(torch.nn.Conv2d(1, 1, 3), stream.loader(num_workers=0))
+sums = [batch["image"].double().sum((1, 2, 3)).tolist() for batch in loader]
+accelerator.save_state(folder)
+accelerator.wait_for_everyone()
+again = accelerator.prepare(dataset(num_batches=3, num_shards=2).loader(num_workers=0))
+accelerator._dataloaders.remove(loader)
+accelerator.load_state(folder)
+sums += [batch["image"].double().sum((1, 2, 3)).tolist() for batch in again]
 print("RANK", json.dumps([accelerator.process_index, accelerator.num_processes, sums]))
 """
+"""A rank takes an epoch, saves its state, and takes the next one with another loader that was told the state."""
 
 
 def lightning_run(folder: Path, stream: SynthDataset, num_workers: int = 0, **settings: Any) -> Any:
@@ -90,13 +100,15 @@ def test_a_fault_reaches_lightning(tmp_path: Path, num_workers: int) -> None:
         lightning_run(tmp_path, dataset(cascade=FakeCascade(fail_at=20)), num_workers, max_steps=200)
 
 
-def test_ranks_of_accelerate_share_a_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dispatch", ["false", "true", "null"])
+def test_ranks_of_accelerate_share_a_batch_and_resume(tmp_path: Path, dispatch: str) -> None:
     pytest.importorskip("accelerate", reason="accelerate is not installed here; the extra dev brings it")
     script = tmp_path / "one_rank.py"
     script.write_text(ONE_RANK)
     settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script],
+        [*launch, script, dispatch, tmp_path / "state"],
         capture_output=True,
         text=True,
         timeout=240,
@@ -106,5 +118,5 @@ def test_ranks_of_accelerate_share_a_batch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = sorted(json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("RANK "))
     assert [rank[:2] for rank in ranks] == [[0, 2], [1, 2]]
-    whole = [batch["image"].double().sum((1, 2, 3)).tolist() for batch in dataset(num_batches=3, num_shards=2)]
+    whole = [batch["image"].double().sum((1, 2, 3)).tolist() for _, batch in zip(range(6), dataset(num_shards=2))]
     assert [a + b for a, b in zip(ranks[0][2], ranks[1][2])] == whole

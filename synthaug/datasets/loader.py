@@ -39,6 +39,13 @@ class SynthLoader(DataLoader):
 
     dataset: SynthDataset
 
+    _is_accelerate_prepared = True
+    """accelerate's `prepare` leaves such loaders as they are. It would let rank 0 make the batches of all ranks, or cut up once
+    more what the stream has shared out already."""
+
+    use_stateful_dataloader = True
+    """`Accelerator.save_state` and `load_state` take `state_dict` and `load_state_dict` of such loaders."""
+
     def __init__(self, dataset: SynthDataset, num_workers: int = 0, **settings: Any) -> None:
         for name in ("batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"):
             value = settings.pop(name, None)

@@ -46,9 +46,9 @@ class SynthDataset(IterableDataset):
     `dataset.loader(num_workers=...)` or `DataLoader(dataset, batch_size=None)`; with MONAI's DataLoader pass
     `batch_size=None, collate_fn=None`.
 
-    Every `iter()` goes on with the stream, so every epoch brings fresh samples. With accelerate prepare model and
-    optimizer but not the loader, as every rank's stream makes that rank's share. MONAI's ThreadDataLoader loses errors
-    of its worker processes: use it with num_workers=0.
+    Every `iter()` goes on with the stream, so every epoch brings fresh samples. Every rank's stream makes that rank's share:
+    with accelerate prepare `dataset.loader()`, which it leaves as it is, or no loader at all. MONAI's ThreadDataLoader loses
+    errors of its worker processes: use it with num_workers=0.
 
     Each batch is a dict of CPU tensors: `image` float32 [B, 1, (Z,) Y, X] in camera counts, `label` int32 of the same
     shape, contiguous from 1 in every sample, 0 = background, and `synthetic` bool [B]. After a `transform` image and
