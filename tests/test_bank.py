@@ -240,6 +240,28 @@ def test_closing_drops_the_queue_but_finishes_the_task_at_hand() -> None:
     SerialThread("never started").close()
 
 
+def test_what_is_queued_does_not_keep_its_object_alive() -> None:
+    class Worker:
+        def __init__(self, gate: threading.Event) -> None:
+            self.thread, self.gate, self.done = SerialThread("test"), gate, done
+
+        def work(self, number: int) -> None:
+            self.gate.wait()
+            self.done.append(number)
+
+    done: list[int] = []
+    gate = threading.Event()
+    worker = Worker(gate)
+    futures = [worker.thread.submit(worker.work, number) for number in range(3)]
+    thread = worker.thread._thread
+    del worker
+    gate.set()
+    thread.join(timeout=30)
+    assert not thread.is_alive(), "it ends with its object, and needs no garbage collection for that"
+    assert done in ([], [0]), "the first may have been at hand"
+    assert [future.cancelled() for future in futures[1:]] == [True, True]
+
+
 AT_EXIT = """
 import threading, time
 import torch

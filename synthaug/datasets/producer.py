@@ -9,6 +9,7 @@ loop do not reach in here.
 from __future__ import annotations
 
 import atexit
+import inspect
 import os
 import queue
 import threading
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-_Tasks = queue.SimpleQueue  # of (future, function, arguments), or None to stop
+_Tasks = queue.SimpleQueue  # of (future, what gives the function or None, arguments), or None to stop
 
 
 class SerialThread:
@@ -40,13 +41,18 @@ class SerialThread:
         self._finalizer: Callable[[], Any] | None = None
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future:
-        """Queue `function(*args)`; its result or exception arrives in the future. A queued future can be cancelled."""
+        """Queue `function(*args)`; its result or exception arrives in the future. A queued future can be cancelled.
+
+        A method does not keep its object alive while it is queued: who drops a stream wants nothing more from it, and the
+        thread would work for it for minutes. Its future is cancelled.
+        """
         if self._finalizer is None:
             self._thread.start()
             self._finalizer = weakref.finalize(self, _stop, self._tasks, self._thread, os.getpid())
             _STARTED.add(self)
         future: Future = Future()
-        self._tasks.put((future, function, args))
+        find = weakref.WeakMethod(function) if inspect.ismethod(function) else lambda: function
+        self._tasks.put((future, find, args))
         return future
 
     def close(self) -> None:
@@ -77,7 +83,9 @@ def _run(tasks: _Tasks, device: torch.device) -> None:
         torch.cuda.set_device(device)
         torch.cuda.set_stream(torch.cuda.Stream(device, priority=0))  # 0 is the lowest there is
     while (task := tasks.get()) is not None:
-        future, function, args = task
+        future, find, args = task
+        if (function := find()) is None:
+            future.cancel()
         if future.set_running_or_notify_cancel():
             try:
                 result = function(*args)
@@ -88,7 +96,7 @@ def _run(tasks: _Tasks, device: torch.device) -> None:
             else:
                 future.set_result(result)
                 del result
-        del task, future, function, args  # while we wait for the next task, nothing is kept alive
+        del task, future, find, function, args  # while we wait for the next task, nothing is kept alive
 
 
 def use_one_thread() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -124,7 +125,7 @@ class Stream:
             config.num_shards,
             cascade.block_size,
             config.max_reuse,
-            self._count_cells,
+            functools.partial(_count_cells, cascade, config.size, self._wishes),
             config.real_cells,
         )
         self._producer = SerialThread("synthaug-producer", cascade.device)
@@ -145,9 +146,6 @@ class Stream:
         """Stop the threads."""
         self._producer.close()
         self._composer.close()
-
-    def _count_cells(self, keys: list[SampleKey]) -> Sequence[int]:
-        return self.cascade.num_cells(keys, self.config.size, **self._wishes)
 
     def _make(self, batch: int, upcoming: Sequence[int]) -> tuple[dict[str, Any], StreamStats]:
         stats = self.bank.stats = StreamStats(batches=1)
@@ -230,6 +228,12 @@ class Stream:
                 remedy="Transforms that cut one sample into several belong behind the loader.",
             )
         return sample
+
+
+def _count_cells(cascade: Any, size: Sequence[int], wishes: Mapping[str, Any], keys: list[SampleKey]) -> Sequence[int]:
+    """Cells of frames; no method, through which a stream would hold itself and wait for the garbage collector."""
+    counts: Sequence[int] = cascade.num_cells(keys, size, **wishes)
+    return counts
 
 
 def collate(samples: Sequence[Mapping[str, Any]], as_meta_tensor: bool = False) -> dict[str, Any]:
