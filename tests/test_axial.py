@@ -142,7 +142,7 @@ def test_blur_is_told_by_outlines_near_the_ends_where_no_others_are():
 def test_few_outlines_are_pulled_towards_where_a_tenth_of_the_light_is_left():
     at_middle = [Section(10, 10.0, 4.0, 2.0, 100.0, 100.0, 7.0)] * 4  # by chance
     assert expected_half_length(at_middle) == pytest.approx(4.0 + 1.28 * 2.0)
-    assert mask_half_length(at_middle) == pytest.approx(20 / 24 * 6.56, abs=0.01)
+    assert mask_half_length(at_middle) == pytest.approx(40 / 44 * 6.56, abs=0.01)
     assert mask_half_length(at_middle * 500) == pytest.approx(0.5)
     assert expected_half_length(at_middle[:2]) == 0.0
     assert shrink(3.0, 5, 0.0) == 3.0

@@ -48,6 +48,9 @@ CENTRAL = 0.3
 MIN_OUTLINE = 4
 """Pixels below which an outline is a speck that tells nothing."""
 
+LEAST_RADIUS = 0.4
+"""Over the median, of outlines that tell the radius of their cell: the last sliver at its end may be anyone's."""
+
 MEDIAN_SLOPE = 1 / np.sqrt(3)
 """Median distance of an ellipsoid's planes from its middle over their radii, in units of its elongation."""
 
@@ -318,9 +321,9 @@ def _central(outlines: _Outlines, elongation: float) -> NDArray[np.bool_]:
 def _elongation(outlines: _Outlines, expected_half_length: float = 0.0) -> float:
     """Half length along z in planes over radius in plane in pixels, of cells as they are annotated.
 
-    Outlines lie at a mean distance of half of the half length from the middle. Long cells have more of them, but among the
-    central outlines, too, whose mean radius it is compared with. At least the length of the light, for where only the
-    middle plane of flat layers of cells is annotated.
+    Outlines lie at a mean distance of half of the half length from the middle, and each tells the radius of its cell, an
+    ellipsoid, of which it is a section. Long cells have more outlines, which weigh so in both. At least the length of the
+    light, for where only the middle plane of flat layers of cells is annotated.
     """
     told = _told(outlines)
     if not told.any():
@@ -332,16 +335,15 @@ def _elongation(outlines: _Outlines, expected_half_length: float = 0.0) -> float
         )
     distance = np.abs(outlines.z - outlines.middle)[told]
     radius, length = outlines.radius[told], outlines.length[told]
+    distance = np.minimum(distance, 3 * max(float(np.median(distance)), 0.25))  # a middle far off is another cell's
+    half_length = shrink(2 * float(distance.mean()), len(distance), expected_half_length)
+    whole = radius > LEAST_RADIUS * np.median(radius)
     elongation = max(float(np.median(distance / radius)) / MEDIAN_SLOPE, 0.1)
-    # a middle far off is another cell's
-    mean = float(np.minimum(distance, 3 * max(float(np.median(distance)), 0.25)).mean())
-    half_length = shrink(2 * mean, len(distance), expected_half_length)
-    for _ in range(3):
-        central = _central(outlines, elongation)[told]
-        if not central.any():
-            break
-        light = float(np.median((length / (2 * radius))[central]))
-        elongation = max(half_length / float(radius[central].mean()), light)
+    for _ in range(20):
+        elongation = max(half_length / float(np.hypot(radius, distance / elongation)[whole].mean()), 0.1)
+    central = _central(outlines, elongation)[told]
+    if central.any():
+        elongation = max(elongation, float(np.median((length / (2 * radius))[central])))
     return elongation
 
 

@@ -26,8 +26,8 @@ MAX_RUN = 24
 ANNOTATED_TO = 1.28
 """Standard deviations of the axial blur beyond a cell's light to which it is annotated: where a tenth of it is left."""
 
-PRIOR_SECTIONS = 20
-"""Outlines that `ANNOTATED_TO` weighs as much as: so many give the annotated length to 14 %."""
+PRIOR_SECTIONS = 40
+"""Outlines that `ANNOTATED_TO` weighs as much as: so many of four planes give the annotated length to 14 %."""
 
 MIN_CORE = 12
 """Pixels of a cell's core below which its profile is too noisy to tell."""

@@ -222,8 +222,7 @@ def fit(
             lender.masks.config = replace(lender.masks.config, usual=USUAL)
             lender.texture.config = replace(lender.texture.config, mottle_rate=MOTTLED)
             extra |= {"lent_masks": lender.masks, "lent_texture": lender.texture}
-    border = texture.config
-    notes = [f"light ends {border.outline_shift:.2f} px inside the outlines and is blurred by {border.blur:.2f} px"]
+    notes = []
     if lent_share > 0:
         notes.append(
             f"{lent_share:.0%} of the cells are those of {start} as it is, 1 to {lent_zoom:.2f} times their size, mottled"
@@ -244,7 +243,9 @@ def fit(
         population=population,
         **extra,
     )
-    notes += material.calibrate(cascade, seed)
+    notes += material.calibrate(cascade, seed, budget_minutes)
+    border = cascade.texture.config
+    notes.append(f"light ends {border.outline_shift:.2f} px inside the outlines and is blurred by {border.blur:.2f} px")
     if source is not None:
         borrow_styles(cascade.background, source.background)  # last, as what comes before goes by a row for each image
         if ndim == 2:

@@ -12,7 +12,13 @@ from scipy import ndimage
 
 from synthaug.cascade import Cascade
 from synthaug.datasets.crops import CropSet, extract_crops
-from synthaug.datasets.volumes import annotated_planes, extract_slice_crops, fit_axial, thin_annotations
+from synthaug.datasets.volumes import (
+    annotated_planes,
+    extract_slice_crops,
+    fit_axial,
+    slice_pairs,
+    thin_annotations,
+)
 from synthaug.errors import DataError, SynthAugError
 from synthaug.generators.axial import axial_extent, axial_sigma, expected_half_length
 from synthaug.generators.background import Background
@@ -24,6 +30,7 @@ from synthaug.generators.texture import TextureDiffusion
 from synthaug.generators.volume_fit import dark_level, measure_sections
 from synthaug.randomness import SampleKey
 from synthaug.training.correlation import extract_patches, fit_rho
+from synthaug.training.half_light import match_half_light
 from synthaug.types import UNLABELLED
 
 Pair = tuple[NDArray[np.float32], NDArray[np.int32]]
@@ -37,6 +44,9 @@ MIN_OUTLINES = 12
 
 CALIBRATION_CELLS, CALIBRATION_VOLUMES = 32, 48
 """Fresh cells, and volumes made of them, by which the brightness of volumes is set."""
+
+LEAST_BUDGET = 0.5
+"""Minutes of a fit from which on frames are made to see where their light ends, which takes a quarter of a minute."""
 
 VOLUME_MARGIN = 2.0
 """How far beyond the volumes that the real outlines tell a generated cell may be, as a factor."""
@@ -83,9 +93,14 @@ class Frames:
         """What is set after training; a line about each."""
         return []
 
-    def calibrate(self, cascade: Cascade, seed: int) -> list[str]:
+    def calibrate(self, cascade: Cascade, seed: int, budget_minutes: float) -> list[str]:
         """What is set once all stages are there; a line about each."""
-        return []
+        if budget_minutes < LEAST_BUDGET:
+            return []
+        try:
+            return match_half_light(cascade, self.pairs, self.pairs[0][0].shape, seed)
+        except SynthAugError as error:  # trained for seconds: the cascade is saved all the same
+            return [f"the light's place left as measured on crops: {error}"]
 
     def slicing(self) -> Slicing:
         """Only volumes are cut."""
@@ -206,6 +221,9 @@ class Volumes(Frames):
             (f"{rate:.2f} dim blobs a cell that nobody annotated, {contrast:.2f} times as bright as cells"),
         ]
 
+    def _planes(self) -> Sequence[Pair]:
+        return [(plane.image, plane.labels) for plane in slice_pairs(self.pairs)]
+
     def _enlarged(self) -> Sequence[Pair]:
         """The annotated planes with their neighbours, as large as crops show them."""
         if self.least_scale == 1:
@@ -221,8 +239,8 @@ class Volumes(Frames):
                     out.append((ndimage.zoom(image[near], zoom, order=1), ndimage.zoom(own, zoom, order=0)))
         return out
 
-    def calibrate(self, cascade: Cascade, seed: int) -> list[str]:
-        """Set each volume's brightness so that labelled voxels are as bright in synthetic volumes as in it.
+    def calibrate(self, cascade: Cascade, seed: int, budget_minutes: float) -> list[str]:
+        """Set where light ends, as for frames, and each volume's brightness so that labelled voxels are as bright as in it.
 
         Haze and neighbours add to the light of a cell, most of all above and below it, where no ring tells the background;
         and the median of a few cells can be that of a mitosis.
@@ -234,7 +252,7 @@ class Volumes(Frames):
         except SynthAugError as error:  # trained for seconds: the cascade is saved all the same
             return [f"brightness left as measured: {error}"]
         shape = self.pairs[0][0].shape
-        ratios = []
+        notes, ratios = match_half_light(cascade, self._planes(), shape, seed, cells), []
         for i in range(CALIBRATION_VOLUMES):
             keys = [SampleKey(seed, ("calibration", "volume", i))]
             count = min(cascade.num_cells(keys, shape)[0], len(cells))
@@ -243,11 +261,11 @@ class Volumes(Frames):
             ratios.append(contrast / float(cascade.styles(keys)["brightness"][0]))
         ratio = float(np.nanmedian(ratios))
         if not ratio > 0:
-            return []
+            return notes
         real = torch.tensor([_contrast(image, labels) / ratio for image, labels in self.pairs])
         before = background.table[:, column]
         background.table[:, column] = torch.where(real > 0, real.to(before), before)
-        return [f"labelled voxels were {ratio:.2f} of their volume's brightness, which was set accordingly"]
+        return [*notes, f"labelled voxels were {ratio:.2f} of their volume's brightness, which was set accordingly"]
 
 
 def matching_scale(crops: CropSet, source: Cascade | None) -> float:

@@ -1,0 +1,85 @@
+"""Where half of the light lies, compared with outlines: in drawn frames, and in those of a cascade that is to match them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from synthaug import Cascade
+from synthaug.randomness import SampleKey
+from synthaug.training import half_light as module
+from synthaug.training.half_light import (
+    USUAL,
+    half_light,
+    made_half_light,
+    match_half_light,
+    wanted_half_light,
+)
+
+
+def disks(inside: float, blur: float = 1.0, noise: float = 0.0) -> module.Frame:
+    """Four disks of radius 12 whose light ends `inside` px inside their outlines, over a background of 100."""
+    y, x = np.mgrid[:160, :160]
+    image, labels = np.full((160, 160), 100.0), np.zeros((160, 160), np.int32)
+    for label, centre in enumerate([(40, 40), (40, 110), (110, 40), (115, 105)], start=1):
+        distance = np.hypot(y - centre[0], x - centre[1]) - 12
+        labels[distance < 0] = label
+        image += 200 * label * (0.5 - distance - inside).clip(0, 1)
+    random = SampleKey(0, ("half light",)).numpy()
+    return ndimage.gaussian_filter(image, blur) + noise * random.standard_normal(image.shape), labels
+
+
+@pytest.mark.parametrize("inside", [-1.0, 0.0, 0.7, 1.5])
+def test_half_of_the_light_is_found_whatever_the_brightness_and_blur(inside: float) -> None:
+    for blur in (0.7, 1.5):
+        found = half_light(disks(inside, blur, noise=4.0))
+        assert len(found) == 4
+        assert found == pytest.approx(-inside, abs=0.35)
+
+
+def test_cells_that_tell_nothing_are_left_out() -> None:
+    image, labels = disks(0.0)
+    assert len(half_light((image, np.where(labels == 2, 0, labels)))) == 3
+    assert len(half_light((image[:, 30:], labels[:, 30:]))) == 2, "two are cut off"
+    assert len(half_light((image[::6, ::6], labels[::6, ::6]))) == 0, "all are too small"
+    assert len(half_light((300 - image, labels))) == 0, "all are darker than their surroundings"
+    assert len(half_light((image, np.zeros_like(labels)))) == 0
+
+
+def test_a_few_frames_are_pulled_towards_what_is_usual() -> None:
+    one, many = wanted_half_light([disks(2.0)]), wanted_half_light([disks(2.0)] * 30)
+    assert many == pytest.approx(-2.0, abs=0.35)
+    assert one == pytest.approx((float(np.median(half_light(disks(2.0)))) + 2 * USUAL) / 3)
+    assert np.isnan(wanted_half_light([(np.zeros((9, 9)), np.zeros((9, 9), np.int32))]))
+
+
+def test_a_cascade_matches_annotated_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "NUM_CELLS", 8)
+    monkeypatch.setattr(module, "USUAL_FRAMES", 0.0)
+    cascade = Cascade.from_pretrained("nuclei-2d")
+    cascade.config = replace(cascade.config, lent_share=0.3)
+    lender = Cascade.from_pretrained("nuclei-2d")
+    cascade.lent_masks, cascade.lent_texture = lender.masks, lender.texture
+    pair = disks(1.3)
+    notes = match_half_light(cascade, [pair], (256, 256), seed=0)
+    assert [("own" in line, "lent" in line) for line in notes] == [(True, False), (False, True)]
+    assert cascade.config.lent_share == 0.3
+    asked = wanted_half_light([pair])
+    for share in (0.0, 1.0):
+        cascade.config = replace(cascade.config, lent_share=share)
+        cells = cascade.cells([SampleKey(1, ("test", i)) for i in range(16)])
+        assert made_half_light(cascade, cells, (256, 256), seed=1) == pytest.approx(asked, abs=0.25)
+
+
+def test_cells_that_are_there_are_looked_at_and_light_is_not_moved_without_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cascade = Cascade.from_pretrained("nuclei-2d")
+    cells = cascade.cells([SampleKey(0, ("test", i)) for i in range(8)])
+    monkeypatch.setattr(cascade, "cells", None)
+    begun = cascade.texture.config.outline_shift
+    assert len(match_half_light(cascade, [disks(-4.0)] * 9, (256, 256), 0, cells)) == 1
+    assert cascade.texture.config.outline_shift == begun - module.FARTHEST
