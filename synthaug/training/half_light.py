@@ -41,6 +41,9 @@ FAR = 6.0
 NUM_CELLS, NUM_FRAMES = 48, 8
 """Fresh cells that are looked at, and frames they are placed in."""
 
+MOST_FRAMES, LARGEST = 64, 512
+"""Annotated frames that are looked at, spread over all, and the longest side (Y, X) of those made."""
+
 GAIN, GAINS = 0.7, (0.4, 1.2)
 """Pixels that half of the light moves for each that `outline_shift` says: where it is not measured, and what is believed."""
 
@@ -88,7 +91,8 @@ def half_light(frame: Frame) -> NDArray[np.float64]:
 
 def wanted_half_light(frames: Sequence[Frame]) -> float:
     """Median over the cells of annotated frames, pulled towards `USUAL` where these are few; NaN where none tells."""
-    found = [distances for frame in frames if len(distances := half_light(frame))]
+    some = np.unique(np.linspace(0, len(frames) - 1, MOST_FRAMES).round().astype(int))
+    found = [distances for i in some if len(distances := half_light(frames[i]))]
     if not found:
         return np.nan
     own = float(np.median(np.concatenate(found)))
@@ -157,7 +161,7 @@ def _shift(texture: TextureDiffusion, crop_pixels: float) -> None:
 
 def made_half_light(cascade: Cascade, cells: Cells, size: Sequence[int], seed: int) -> float:
     """Median of `half_light` over frames, or planes of volumes, made of these cells; NaN where none tells."""
-    found = []
+    size, found = (*size[:-2], *(min(n, LARGEST) for n in size[-2:])), []
     for i in range(NUM_FRAMES):
         keys = [SampleKey(seed, ("half light", "frame", i))]
         count = min(cascade.num_cells(keys, size)[0], len(cells))
