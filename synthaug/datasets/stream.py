@@ -125,7 +125,8 @@ class Stream:
             config.num_shards,
             cascade.block_size,
             config.max_reuse,
-            functools.partial(_count_cells, cascade, config.size, self._wishes),
+            # No method of this stream, which would hold itself and wait for the garbage collector.
+            functools.partial(cascade.num_cells, size=config.size, **self._wishes),
             config.real_cells,
         )
         self._producer = SerialThread("synthaug-producer", cascade.device)
@@ -228,12 +229,6 @@ class Stream:
                 remedy="Transforms that cut one sample into several belong behind the loader.",
             )
         return sample
-
-
-def _count_cells(cascade: Any, size: Sequence[int], wishes: Mapping[str, Any], keys: list[SampleKey]) -> Sequence[int]:
-    """Cells of frames; no method, through which a stream would hold itself and wait for the garbage collector."""
-    counts: Sequence[int] = cascade.num_cells(keys, size, **wishes)
-    return counts
 
 
 def collate(samples: Sequence[Mapping[str, Any]], as_meta_tensor: bool = False) -> dict[str, Any]:

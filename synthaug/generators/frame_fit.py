@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -53,10 +54,29 @@ and width of the real frame in pixels."""
 UNDER_ROUNDING = 4.0
 """Noise of less than so many times the variance of rounding to whole counts shows no correlation to go by."""
 
+T = TypeVar("T")
+
 BLOCK = 8  # pixels on a side of the blocks the slow fields are fitted to
 NEAR = [(dy, dx) for dy in range(NOISE_RADIUS + 1) for dx in range(-NOISE_RADIUS, NOISE_RADIUS + 1) if dy or dx >= 0]
 FAR = (4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40)
 LAGS = NEAR + [(r, 0) for r in FAR] + [(0, r) for r in FAR]
+
+
+def spaced(items: Sequence[T], most: int) -> list[T]:
+    """At most so many of the items, evenly from the first to the last.
+
+    >>> spaced("abcdefg", 3), spaced("ab", 3)
+    (['a', 'd', 'g'], ['a', 'b'])
+    """
+    if len(items) <= most:
+        return list(items)
+    return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]
+
+
+def far_level(image: NDArray[np.floating], labels: NDArray[np.integer]) -> tuple[NDArray[np.bool_], float]:
+    """The pixels more than `RING_INNER` from all cells, and their median, counts; the frame's minimum where there are none."""
+    free = ndimage.distance_transform_edt(labels == 0) > RING_INNER
+    return free, float(np.median(image[free])) if free.any() else float(image.min())
 
 
 def cell_contrasts(
@@ -75,9 +95,7 @@ def cell_contrasts(
     Returns:
         contrast float32 [n] and local background float32 [n], in counts, for labels 1..n.
     """
-    distance = ndimage.distance_transform_edt(labels == 0)
-    free = distance > RING_INNER
-    level = float(np.median(image[free])) if free.any() else float(image.min())
+    free, level = far_level(image, labels)
     contrast, local = [], []
     for index, box in enumerate(ndimage.find_objects(labels), start=1):
         if box is None:

@@ -16,6 +16,7 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist
 from scipy.stats import wasserstein_distance
 
+from synthaug.generators.frame_fit import spaced
 from synthaug.randomness import SampleKey
 from synthaug.types import UNLABELLED, Cells
 
@@ -69,7 +70,7 @@ def cells_of_sections(masks: Sequence[NDArray[np.bool_]], depth: float, most: in
     """
     areas = np.array([mask.sum() for mask in masks])
     central = [mask for mask, area in zip(masks, areas) if area >= np.median(areas)]
-    crops = _crops([central[i] for i in np.unique(np.linspace(0, len(central) - 1, most).round().astype(int))])
+    crops = _crops(spaced(central, most))
     inside = [ndimage.distance_transform_edt(crop) for crop in crops]
     radii = np.array([distance.max() for distance in inside])
     depths = depth * radii / np.median(radii)

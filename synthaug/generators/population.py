@@ -22,6 +22,7 @@ from torch import Tensor
 from synthaug.errors import InputError
 from synthaug.generators import layout
 from synthaug.generators.fragments import draw_fragments, scatter_fragments
+from synthaug.generators.frame_fit import spaced
 from synthaug.generators.region import Region
 from synthaug.generators.stage import Noise, Stage
 from synthaug.kernels.compositing import composite, resample, resample_stacks
@@ -524,7 +525,7 @@ def _fit_frames(
     frames = [frame for frame in frames if frame.max(initial=0) > 1]
     if frames:  # about 1,500 cells tell enough
         most = math.ceil(1500 / np.mean([frame.max() for frame in frames]))
-        frames = [frames[i] for i in np.unique(np.linspace(0, len(frames) - 1, most).round().astype(int))]
+        frames = spaced(frames, most)
     real = [layout.neighbour_gaps(frame) for frame in frames]
     if not real:
         return {"clustering": 0.0, "gaps": (0,)}
@@ -568,7 +569,7 @@ def _fit_volumes(
         centres = [layout.middles(volume) for volume in whole] if centres is None else centres
         moments = layout.moments(whole) if moments is None else moments
     least = max(round(min_area ** (2 / 3)), 1)
-    looked_at = [_spread(found, 8) for found in planes]
+    looked_at = [spaced(found, 8) for found in planes]
     frames = [layout.drop_small(volume[z], least) for volume, found in zip(volumes, looked_at) for z in found]
     masks = _whole_masks(frames, least)
     diameter = _diameter(masks)
@@ -592,7 +593,7 @@ def _fit_volumes(
     if not len(pooled):
         return config
     config = replace(config, gaps=layout.near_gaps(pooled, diameter, frames))
-    chosen = np.unique(np.linspace(0, len(volumes) - 1, 16).round().astype(int))
+    chosen = spaced(range(len(volumes)), 16)
     trials = [_trial_volume(config, cells, i, volumes[i].shape, round(counts[i])) for i in chosen if planes[i]]
 
     def trial(clustering: float, clearance: int) -> NDArray[np.float64]:
@@ -616,11 +617,6 @@ def _trial_volume(
     chosen = cells.select(torch.from_numpy(key.child("picks").numpy().integers(0, len(cells), count)))
     masks = resample_stacks(chosen, drawn["rotation"], drawn["flip"], drawn["mirror"])[1]
     return masks, drawn, stage._regions(noise, None), size
-
-
-def _spread(planes: list[int], most: int) -> list[int]:
-    """At most so many of these planes, evenly over the volume."""
-    return planes and [planes[i] for i in np.unique(np.linspace(0, len(planes) - 1, most).round().astype(int))]
 
 
 def _compact(occupied: Tensor) -> Tensor:

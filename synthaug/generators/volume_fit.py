@@ -26,6 +26,7 @@ from synthaug.generators.frame_fit import (
     cell_contrasts,
     fit_cling,
     positions,
+    spaced,
     spread_of,
     texture_correlation,
 )
@@ -85,10 +86,6 @@ def dark_level(image: NDArray[np.float64]) -> float:
     return float(blocks[: max(len(blocks) // 3, 1)].mean())
 
 
-def _spaced(items: list[int], most: int) -> list[int]:
-    return items if len(items) <= most else [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]
-
-
 def measure_sections(
     image: NDArray[np.float64], labels: NDArray[np.int32], saturation: float, *, most_planes: int = MAX_PLANES
 ) -> tuple[list[Section], NDArray[np.float64], float, list[float]]:
@@ -100,7 +97,7 @@ def measure_sections(
     """
     sections: list[Section] = []
     noise, contrasts = np.zeros(3), []
-    planes = _spaced(annotated_planes(labels), most_planes)
+    planes = spaced(annotated_planes(labels), most_planes)
     outlines = 0
     each = max(MAX_SECTIONS // max(len(planes), 1), 1)
     for z in planes:
@@ -118,7 +115,7 @@ def measure_sections(
         inner = same & (own > 0) & (image[z] < saturation)
         noise += [inner.sum(), image[z][inner].sum(), (high_pass(image[z])[inner] ** 2).sum()]
         boxes = ndimage.find_objects(own)
-        for i in _spaced(list(range(num)), each):
+        for i in spaced(range(num), each):
             box = boxes[i]
             section = measure_section(image[:, *box], own[box] == i + 1, z, float(local[i]), float(contrast[i]))
             if section is not None:

@@ -17,6 +17,7 @@ from scipy import ndimage
 
 from synthaug.errors import InputError
 from synthaug.generators.background import cell_contrasts
+from synthaug.generators.frame_fit import spaced
 from synthaug.generators.masks import signed_distance
 from synthaug.generators.texture import TextureDiffusion, slice_correlation
 from synthaug.randomness import SampleKey
@@ -98,8 +99,7 @@ def extract_patches(
                 corner = [c - size // 2 for c in centre]
                 if min(corner) >= 0 and all(c + size <= n for c, n in zip(corner, image.shape[1:])):
                     found.append((index, z, label, corner))
-    if len(found) > most:
-        found = [found[i] for i in np.linspace(0, len(found) - 1, most).round().astype(int)]
+    found = spaced(found, most)
     local: dict[tuple[int, int], NDArray[np.float32]] = {}
     patches = []
     for index, z, label, corner in found:

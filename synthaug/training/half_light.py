@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from synthaug.cascade import Cascade
+from synthaug.generators.frame_fit import far_level, spaced
 from synthaug.generators.texture import TextureDiffusion
 from synthaug.randomness import SampleKey
 from synthaug.types import Cells
@@ -34,9 +35,6 @@ DISTANCES = np.arange(-4, 6)
 
 LEAST_AREA, LEAST_CORE = 30, 10
 """Pixels of a cell, and of its part deeper than 2 px, from which on it tells something."""
-
-FAR = 6.0
-"""Pixels from all cells where there is background."""
 
 NUM_CELLS, NUM_FRAMES = 48, 8
 """Fresh cells that are looked at, and frames they are placed in."""
@@ -61,9 +59,7 @@ def half_light(frame: Frame) -> NDArray[np.float64]:
     are left out.
     """
     image, labels = frame[0].astype(np.float64), frame[1]
-    cells = labels > 0
-    away = image[ndimage.distance_transform_edt(~cells) > FAR] if cells.any() else image
-    background = float(np.median(away)) if away.size else float(image.min())
+    cells, background = labels > 0, far_level(image, labels)[1]
     margin, found = int(DISTANCES[-1]) + 3, []
     for label, box in enumerate(ndimage.find_objects(labels.astype(np.int32)), start=1):
         if box is None or any(s.start == 0 or s.stop == n for s, n in zip(box, labels.shape)):
@@ -91,8 +87,7 @@ def half_light(frame: Frame) -> NDArray[np.float64]:
 
 def wanted_half_light(frames: Sequence[Frame]) -> float:
     """Median over the cells of annotated frames, pulled towards `USUAL` where these are few; NaN where none tells."""
-    some = np.unique(np.linspace(0, len(frames) - 1, MOST_FRAMES).round().astype(int))
-    found = [distances for i in some if len(distances := half_light(frames[i]))]
+    found = [distances for frame in spaced(frames, MOST_FRAMES) if len(distances := half_light(frame))]
     if not found:
         return np.nan
     own = float(np.median(np.concatenate(found)))
@@ -130,23 +125,32 @@ def match_half_light(
             scale, before = float(some.scale.median()), made_half_light(cascade, some, size, seed)
             if not np.isfinite(before):
                 continue
-            crop_pixels = (before - wanted) / scale
-            gain = GAIN
-            if cells is None and abs(crop_pixels) > LEAST_TRIED:
-                begun = texture.config
-                _shift(texture, crop_pixels)
-                moved = before - made_half_light(cascade, _cells(cascade, seed), size, seed)
-                gain = moved / scale / (texture.config.outline_shift - begun.outline_shift)
-                texture.config = begun
+            missing, gain = (before - wanted) / scale, GAIN
+            if cells is None and abs(missing) > LEAST_TRIED:
+                tried, after = _try(cascade, texture, missing, size, seed)
+                gain = (before - after) / scale / tried
                 if not GAINS[0] <= gain <= GAINS[1]:  # too few cells to tell
                     gain = GAIN
-            _shift(texture, crop_pixels / gain)
+            _shift(texture, missing / gain)
         finally:
             cascade.config = plain
         notes.append(
             f"half of the light lay {-before:.2f} px inside the outlines of {name} cells, and was moved to {-wanted:.2f} px"
         )
     return notes
+
+
+def _try(
+    cascade: Cascade, texture: TextureDiffusion, crop_pixels: float, size: Sequence[int], seed: int
+) -> tuple[float, float]:
+    """By how much the light was moved, and where half of it lies then; the texture stays as it is."""
+    plain = texture.config
+    try:
+        _shift(texture, crop_pixels)
+        moved = texture.config.outline_shift - plain.outline_shift
+        return moved, made_half_light(cascade, _cells(cascade, seed), size, seed)
+    finally:
+        texture.config = plain
 
 
 def _cells(cascade: Cascade, seed: int) -> Cells:

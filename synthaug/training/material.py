@@ -221,9 +221,6 @@ class Volumes(Frames):
             (f"{rate:.2f} dim blobs a cell that nobody annotated, {contrast:.2f} times as bright as cells"),
         ]
 
-    def _planes(self) -> Sequence[Pair]:
-        return [(plane.image, plane.labels) for plane in slice_pairs(self.pairs)]
-
     def _enlarged(self) -> Sequence[Pair]:
         """The annotated planes with their neighbours, as large as crops show them."""
         if self.least_scale == 1:
@@ -252,7 +249,8 @@ class Volumes(Frames):
         except SynthAugError as error:  # trained for seconds: the cascade is saved all the same
             return [f"brightness left as measured: {error}"]
         shape = self.pairs[0][0].shape
-        notes, ratios = match_half_light(cascade, self._planes(), shape, seed, cells), []
+        planes = [(plane.image, plane.labels) for plane in slice_pairs(self.pairs)]
+        notes, ratios = match_half_light(cascade, planes, shape, seed, cells), []
         for i in range(CALIBRATION_VOLUMES):
             keys = [SampleKey(seed, ("calibration", "volume", i))]
             count = min(cascade.num_cells(keys, shape)[0], len(cells))
