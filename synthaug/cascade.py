@@ -492,6 +492,8 @@ class Cascade(nn.Module):
         drawn = plain._outlines(keys, Origin(self.masks, self.texture, list(range(num_masks)), {}), 0)
         prior = ShapePrior.fit(CellMasks.cat([drawn[i] for i in sorted(drawn)]).mask.cpu(), kind)
         stages = {name: stage for name, stage in self.stages().items() if name not in ("multiview", "surface", "prior")}
+        if self.slicing is not None:  # the prior's surfaces need no other ends than they have
+            stages["slicing"] = Slicing(replace(self.slicing.config, bulge=1.0))
         return Cascade(self.config, **stages, prior=prior)
 
     def at_voxel_size(self, voxel_size_um: Sequence[float]) -> Cascade:

@@ -52,7 +52,9 @@ def test_cells_that_tell_nothing_are_left_out() -> None:
 def test_a_few_frames_are_pulled_towards_what_is_usual() -> None:
     one, many = wanted_half_light([disks(2.0)]), wanted_half_light([disks(2.0)] * 30)
     assert many == pytest.approx(-2.0, abs=0.35)
-    assert one == pytest.approx((float(np.median(half_light(disks(2.0)))) + 2 * USUAL) / 3)
+    assert one == pytest.approx((float(np.median(half_light(disks(2.0)))) + 2 * USUAL[2]) / 3)
+    plane = wanted_half_light([disks(2.0)], ndim=3)
+    assert one - plane == pytest.approx((USUAL[2] - USUAL[3]) * 2 / 3)
     assert np.isnan(wanted_half_light([(np.zeros((9, 9)), np.zeros((9, 9), np.int32))]))
 
 

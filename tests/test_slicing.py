@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -95,6 +97,27 @@ def test_the_section_at_the_conditioning_plane_is_the_outline(config, alone, rad
     # Half a plane away the outline still holds.
     away, _ = stage(surface, masks, offsets(*[-0.5] * len(surface)))
     assert float(overlap(away.mask[:, equator], masks.mask).mean()) > 0.92
+
+
+def test_bulging_cells_keep_their_ends_and_their_middle() -> None:
+    plain = SlicingConfig(crop_size=40, num_slices=25)
+    surface = ball(0.5, half_side=16.0, size=96)
+    areas = []
+    for bulge in (1.0, 1.2):
+        stage = Slicing(replace(plain, bulge=bulge))
+        slices, rejects = stage(surface, None, offsets(0.0))
+        assert rejects == [None]
+        areas.append(slices.mask[0].flatten(1).sum(1).double().numpy())
+    before, after = areas
+    assert ((before > 0) == (after > 0)).all(), "as long as before"
+    assert after[12] == before[12] == before.max(), "as wide as before"
+    height = np.abs(np.arange(25) - 12) / 8
+    inside = height < 1
+    expected = before.max() * (1 - height[inside] ** 2.4)
+    assert after[inside] == pytest.approx(expected, abs=0.06 * before.max())
+    assert after.sum() / (16 * after.max()) > before.sum() / (16 * before.max()) + 0.03
+    with pytest.raises(InputError, match="bulge: expected a number >= 1"):
+        SlicingConfig(bulge=0.9)
 
 
 def test_a_large_cell_is_stored_at_a_coarser_scale():

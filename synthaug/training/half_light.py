@@ -23,9 +23,9 @@ from synthaug.types import Cells
 Frame = tuple[NDArray[np.floating], NDArray[np.integer]]
 """Image and labels [Y, X]."""
 
-USUAL = -0.75
-"""Pixels from an outline to half of the light where hardly any frame tells, negative inside. Medians of the training frames:
--0.65 (BBBC039, small and large ones of DSB2018 -0.67 and -0.93), of planes of BBBC050 -1.2."""
+USUAL = {2: -0.75, 3: -1.15}
+"""Pixels from an outline to half of the light where hardly any frame tells, or plane of a volume, by the dimensions; negative
+inside. Medians of training frames: -0.65 (BBBC039, small and large ones of DSB2018 -0.67 and -0.93), planes -1.14 (BBBC050)."""
 
 USUAL_FRAMES = 2.0
 """Frames that `USUAL` weighs as much as. Within a set frames differ by 0.13 to 0.45 px, as they come from several hands."""
@@ -42,7 +42,7 @@ NUM_CELLS, NUM_FRAMES = 48, 8
 MOST_FRAMES, LARGEST = 64, 512
 """Annotated frames that are looked at, spread over all, and the longest side (Y, X) of those made."""
 
-GAIN, GAINS = 0.7, (0.4, 1.2)
+GAIN, GAINS = {2: 0.7, 3: 0.57}, (0.4, 1.2)
 """Pixels that half of the light moves for each that `outline_shift` says: where it is not measured, and what is believed."""
 
 LEAST_TRIED = 0.1
@@ -85,13 +85,13 @@ def half_light(frame: Frame) -> NDArray[np.float64]:
     return np.array(found, np.float64)
 
 
-def wanted_half_light(frames: Sequence[Frame]) -> float:
-    """Median over the cells of annotated frames, pulled towards `USUAL` where these are few; NaN where none tells."""
+def wanted_half_light(frames: Sequence[Frame], ndim: int = 2) -> float:
+    """Median over the cells of annotated frames, or planes (`ndim` 3), pulled to `USUAL` where these are few; NaN without."""
     found = [distances for frame in spaced(frames, MOST_FRAMES) if len(distances := half_light(frame))]
     if not found:
         return np.nan
     own = float(np.median(np.concatenate(found)))
-    return (len(found) * own + USUAL_FRAMES * USUAL) / (len(found) + USUAL_FRAMES)
+    return (len(found) * own + USUAL_FRAMES * USUAL[ndim]) / (len(found) + USUAL_FRAMES)
 
 
 def match_half_light(
@@ -113,7 +113,7 @@ def match_half_light(
     Raises:
         SynthAugError: The cascade makes no cells.
     """
-    wanted, plain, notes = wanted_half_light(annotated), cascade.config, []
+    wanted, plain, notes = wanted_half_light(annotated, len(size)), cascade.config, []
     if not np.isfinite(wanted):
         return []
     for name, texture, share in (("own", cascade.texture, 0.0), ("lent", cascade.lent_texture, 1.0)):
@@ -125,12 +125,12 @@ def match_half_light(
             scale, before = float(some.scale.median()), made_half_light(cascade, some, size, seed)
             if not np.isfinite(before):
                 continue
-            missing, gain = (before - wanted) / scale, GAIN
+            missing, gain = (before - wanted) / scale, GAIN[len(size)]
             if cells is None and abs(missing) > LEAST_TRIED:
                 tried, after = _try(cascade, texture, missing, size, seed)
                 gain = (before - after) / scale / tried
                 if not GAINS[0] <= gain <= GAINS[1]:  # too few cells to tell
-                    gain = GAIN
+                    gain = GAIN[len(size)]
             _shift(texture, missing / gain)
         finally:
             cascade.config = plain

@@ -42,6 +42,10 @@ SAME_SIZE, LEAST_SCALE = 0.75, 0.25
 MIN_OUTLINES = 12
 """Outlines near the middle of cells below which the larger half of all is learned from instead."""
 
+BULGE = 1.2
+"""`SlicingConfig.bulge`: sections of the surfaces fill 0.62 to 0.64 of length times largest section, those of an ellipsoid
+0.67, annotated nuclei (BBBC050) 0.68, and 0.67 with this."""
+
 CALIBRATION_CELLS, CALIBRATION_VOLUMES = 32, 48
 """Fresh cells, and volumes made of them, by which the brightness of volumes is set."""
 
@@ -194,6 +198,7 @@ class Volumes(Frames):
                 num_slices=slices_needed(half_side, spacing, stretch),
                 z_spacing=spacing,
                 stretch=stretch,
+                bulge=BULGE,
                 least_scale=self.least_scale,
                 volume_range=(float(low / VOLUME_MARGIN), float(high * VOLUME_MARGIN)),
             )
