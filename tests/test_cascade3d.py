@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,6 +84,14 @@ def test_another_prior_gives_other_shapes_of_the_same_size(cascade, cells):
     assert not torch.equal(other.sdf, cells.sdf)
     equator, mine = (c.mask.flatten(2).sum(2).amax(1).float().mean() for c in (other, cells))
     assert 0.7 < equator / mine < 1.4
+
+
+def test_surfaces_of_a_prior_keep_their_own_ends(cascade):
+    blunt = copy.deepcopy(cascade)
+    blunt.slicing.config = replace(blunt.slicing.config, bulge=1.2)
+    assert blunt.fingerprint() != cascade.fingerprint()
+    rival = blunt.with_prior("ellipsoid", num_masks=32)
+    assert rival.slicing.config == cascade.slicing.config
 
 
 def test_other_voxels_show_the_same_cells_at_another_scale(cascade, cells):

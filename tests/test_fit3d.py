@@ -62,7 +62,6 @@ def test_a_fit_from_scratch_trains_its_own_views(small_networks, tmp_path, monke
     assert cascade.voxel_size_um == VOXEL
     assert cascade.slicing.config.z_spacing == 2
     assert cascade.slicing.config.bulge > 1
-    assert cascade.with_prior("ellipsoid", num_masks=16).slicing.config.bulge == 1, "ellipsoids have their own ends"
     card = (tmp_path / "mine" / "README.md").read_text()
     assert "--voxel-size 1x0.5x0.5" in card
     assert "annotated planes" in card
