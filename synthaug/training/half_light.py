@@ -128,9 +128,9 @@ def match_half_light(
             missing, gain = (before - wanted) / scale, GAIN[len(size)]
             if cells is None and abs(missing) > LEAST_TRIED:
                 tried, after = _try(cascade, texture, missing, size, seed)
-                gain = (before - after) / scale / tried
-                if not GAINS[0] <= gain <= GAINS[1]:  # too few cells to tell
-                    gain = GAIN[len(size)]
+                found = (before - after) / scale / tried
+                if GAINS[0] <= found <= GAINS[1]:  # else too few cells to tell
+                    gain = found
             _shift(texture, missing / gain)
         finally:
             cascade.config = plain
