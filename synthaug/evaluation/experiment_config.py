@@ -115,14 +115,15 @@ class ExperimentConfig:
         """Share of synthetic samples beside so many annotated patches, None for all.
 
         Half of them, but of frames more where annotations are few: a patch that comes again in every batch teaches nothing new,
-        and its own dimness and density all the more. Every annotated patch makes up a sixteenth of the samples at most.
+        and its own dimness and density all the more. Up to four annotated patches make up a sixteenth of the samples, every
+        further one a 64th.
 
         >>> [ExperimentConfig().ratio_of(num) for num in (1, 4, 16, None)]
-        [0.9375, 0.75, 0.5, 0.5]
+        [0.9375, 0.9375, 0.75, 0.5]
         """
         if self.ratio is not None:
             return self.ratio
-        return 0.5 if num is None or self.ndim == 3 else 1 - min(0.5, num / 16)
+        return 0.5 if num is None or self.ndim == 3 else 1 - min(max(num, 4) / 64, 0.5)
 
     def runs(self) -> list[Run]:
         """All trainings, those without a cascade first."""
