@@ -22,13 +22,16 @@ from synthaug.training.borrowing import (
     LARGEST_LENT,
     LEAST_SPREAD,
     LENT,
+    MOTTLED,
     ODD_RATE,
     PRIOR_FRAMES,
+    SMALL,
     borrow_placement,
     borrow_spread,
     borrow_styles,
     lend_cells,
     mean_of_columns,
+    mottle_of_lent,
 )
 from tests.shapes import ellipse_frame, ellipsoid_volume
 
@@ -150,6 +153,11 @@ def test_few_frames_are_lent_cells_of_every_size_up_to_the_own() -> None:
     assert [zoom for _, zoom in told] == pytest.approx([0.4, 0.4, 0.4, 1])
     own.attributes[:, 0] += 5
     assert lend_cells(own, source, 1)[1] == LARGEST_LENT
+
+
+def test_lent_cells_that_are_small_beside_the_own_ones_are_not_mottled() -> None:
+    assert [mottle_of_lent(zoom) for zoom in (0.5, 1.0, SMALL, LARGEST_LENT)] == [MOTTLED, MOTTLED, 0, 0]
+    assert MOTTLED > 0
 
 
 def test_volumes_borrow_numbers_and_brightness_of_cells_from_frames() -> None:

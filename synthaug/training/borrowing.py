@@ -60,8 +60,11 @@ CYTOPLASM = 0.45
 cells beside 2,129 true ones (DSB2018-256, one patch)."""
 
 MOTTLED = 1.0
-"""Share of the lent cells that are mottled: networks cut nuclei with clumps of chromatin that no annotated cell showed. To
-mottle the own cells as well made them merge neighbours where cells are alike (`benchmarks/evidence.md`)."""
+"""Share of the lent cells that are mottled (`mottle_of_lent`): networks cut nuclei with clumps of chromatin that no annotated
+cell showed. To mottle the own cells as well made them merge neighbours where cells are alike (`benchmarks/evidence.md`)."""
+
+SMALL = 1.25
+"""Factor by which the data's cells are larger than the lent ones, from which on these are no longer mottled."""
 
 FRAGMENTS = 0.15
 """Groups of fragments for each cell where no frame tells. In DSB2018-360 17 % of what is annotated has under .15 of the area
@@ -153,6 +156,18 @@ def lend_cells(own: MaskDDPM, source: MaskDDPM, num_frames: int) -> tuple[float,
     larger = float((own.attributes[:, 0].median() - source.attributes[:, 0].median()).exp())
     share = LENT * min(2 * PRIOR_FRAMES / (num_frames + PRIOR_FRAMES), 1)
     return share, min(max(larger, SMALLEST_LENT), LARGEST_LENT)
+
+
+def mottle_of_lent(lent_zoom: float) -> float:
+    """Share of the lent cells that are mottled: none where they are small beside the data's.
+
+    A small cell in bright clumps is what a dying one looks like, whose pieces are annotated one by one: networks that had seen
+    it labelled as one cell drew such pieces as one.
+
+    >>> mottle_of_lent(0.6), mottle_of_lent(1.8)
+    (1.0, 0.0)
+    """
+    return MOTTLED if lent_zoom < SMALL else 0.0
 
 
 def _own_weight(num_frames: int) -> float:

@@ -36,13 +36,13 @@ from synthaug.generators.texture import TextureDiffusion
 from synthaug.hub import ALIASES, embedded_cascades
 from synthaug.training import recipes
 from synthaug.training.borrowing import (
-    MOTTLED,
     USUAL,
     add_cytoplasm,
     add_fragments,
     borrow_placement,
     borrow_styles,
     lend_cells,
+    mottle_of_lent,
 )
 from synthaug.training.loop import LoopResult
 from synthaug.training.material import Frames, Pair, Volumes
@@ -220,12 +220,13 @@ def fit(
         lent_share, lent_zoom = lend_cells(masks, lender.masks, len(pairs))
         if lent_share > 0:
             lender.masks.config = replace(lender.masks.config, usual=USUAL)
-            lender.texture.config = replace(lender.texture.config, mottle_rate=MOTTLED)
+            lender.texture.config = replace(lender.texture.config, mottle_rate=mottle_of_lent(lent_zoom))
             extra |= {"lent_masks": lender.masks, "lent_texture": lender.texture}
     notes = []
     if lent_share > 0:
+        mottle = "mottled" if lender.texture.config.mottle_rate else "not mottled"
         notes.append(
-            f"{lent_share:.0%} of the cells are those of {start} as it is, 1 to {lent_zoom:.2f} times their size, mottled"
+            f"{lent_share:.0%} of the cells are those of {start} as it is, 1 to {lent_zoom:.2f} times their size, {mottle}"
         )
     notes += material.finish(texture, background, seed)
     cascade = Cascade(
