@@ -214,7 +214,7 @@ def fit(
             *(crops, vae, source is not None, s, seed, path, say, device), outlines=material.outlines
         ),
     )
-    lent_share, lent_zoom = 0.0, 1.0
+    notes, lent_share, lent_zoom = [], 0.0, 1.0
     if source is not None and ndim == 2:
         lender = Cascade.from_pretrained(start)  # once more, as `source` was trained in place
         lent_share, lent_zoom = lend_cells(masks, lender.masks, len(pairs))
@@ -222,12 +222,10 @@ def fit(
             lender.masks.config = replace(lender.masks.config, usual=USUAL)
             lender.texture.config = replace(lender.texture.config, mottle_rate=mottle_of_lent(lent_zoom))
             extra |= {"lent_masks": lender.masks, "lent_texture": lender.texture}
-    notes = []
-    if lent_share > 0:
-        mottle = "mottled" if lender.texture.config.mottle_rate else "not mottled"
-        notes.append(
-            f"{lent_share:.0%} of the cells are those of {start} as it is, 1 to {lent_zoom:.2f} times their size, {mottle}"
-        )
+            mottle = "mottled" if lender.texture.config.mottle_rate else "not mottled"
+            notes.append(
+                f"{lent_share:.0%} of the cells are those of {start} as it is, 1 to {lent_zoom:.2f} times their size, {mottle}"
+            )
     notes += material.finish(texture, background, seed)
     cascade = Cascade(
         CascadeConfig(
