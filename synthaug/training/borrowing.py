@@ -161,8 +161,8 @@ def lend_cells(own: MaskDDPM, source: MaskDDPM, num_frames: int) -> tuple[float,
 def mottle_of_lent(lent_zoom: float) -> float:
     """Share of the lent cells that are mottled: none where they are small beside the data's.
 
-    A small cell in bright clumps is what a dying one looks like, whose pieces are annotated one by one: networks that had seen
-    it labelled as one cell drew such pieces as one.
+    A small cell in bright clumps is what a dying one looks like, and the pieces of those are annotated one by one, not as the
+    one cell it would be labelled as.
 
     >>> mottle_of_lent(0.6), mottle_of_lent(1.8)
     (1.0, 0.0)
