@@ -26,12 +26,14 @@ from synthaug.training.borrowing import (
     ODD_RATE,
     PRIOR_FRAMES,
     SMALL,
+    TOUCHING,
     borrow_placement,
     borrow_spread,
     borrow_styles,
     lend_cells,
     mean_of_columns,
     mottle_of_lent,
+    press_cells,
 )
 from tests.shapes import ellipse_frame, ellipsoid_volume
 
@@ -142,6 +144,22 @@ def test_gaps_are_borrowed_for_the_size_of_the_own_cells() -> None:
     larger = PopulationSynthesis(replace(source.config, gaps=(0,), reach=3 * source.config.reach))
     borrow_placement(larger, source, 4)
     assert set(larger.config.gaps) == {0, 12}
+
+
+def test_cells_of_few_frames_are_pressed_together_as_far_as_is_usual_at_least() -> None:
+    config = replace(Cascade.from_pretrained("nuclei-2d").population.config, gaps=(-9, *[3] * 31))
+    population = PopulationSynthesis(config)
+    press_cells(population, 20.0, 4)
+    gaps = population.config.gaps
+    assert len(gaps) == 32
+    assert list(gaps) == sorted(gaps)
+    assert gaps[0] == -9, "these were farther already"
+    assert gaps[1:4] == (-7, -7, -7), "nearly 0.4 radii"
+    assert sum(gap <= 0 for gap in gaps) == pytest.approx(TOUCHING * 32, abs=1)
+    assert gaps[-10:] == (3,) * 10, "the others are as they were"
+    many = PopulationSynthesis(config)
+    press_cells(many, 20.0, 60)
+    assert many.config == config
 
 
 def test_few_frames_are_lent_cells_of_every_size_up_to_the_own() -> None:

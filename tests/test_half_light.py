@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from scipy import ndimage
 
 from synthaug import Cascade
@@ -13,11 +15,14 @@ from synthaug.randomness import SampleKey
 from synthaug.training import half_light as module
 from synthaug.training.half_light import (
     USUAL,
+    half_contour,
     half_light,
     made_half_light,
     match_half_light,
     wanted_half_light,
 )
+
+Measure = Callable[[module.Frame], NDArray[np.float64]]
 
 
 def disks(inside: float, blur: float = 1.0, noise: float = 0.0) -> module.Frame:
@@ -33,28 +38,52 @@ def disks(inside: float, blur: float = 1.0, noise: float = 0.0) -> module.Frame:
 
 
 @pytest.mark.parametrize("inside", [-1.0, 0.0, 0.7, 1.5])
-def test_half_of_the_light_is_found_whatever_the_brightness_and_blur(inside: float) -> None:
+@pytest.mark.parametrize("measure", [half_light, half_contour])
+def test_half_of_the_light_is_found_whatever_the_brightness_and_blur(measure: Measure, inside: float) -> None:
     for blur in (0.7, 1.5):
-        found = half_light(disks(inside, blur, noise=4.0))
+        found = measure(disks(inside, blur, noise=4.0))
         assert len(found) == 4
         assert found == pytest.approx(-inside, abs=0.35)
 
 
-def test_cells_that_tell_nothing_are_left_out() -> None:
+def test_where_an_edge_is_dim_its_contour_lies_inside_and_its_mean_profile_does_not() -> None:
     image, labels = disks(0.0)
-    assert len(half_light((image, np.where(labels == 2, 0, labels)))) == 3
-    assert len(half_light((image[:, 30:], labels[:, 30:]))) == 2, "two are cut off"
-    assert len(half_light((image[::6, ::6], labels[::6, ::6]))) == 0, "all are too small"
-    assert len(half_light((300 - image, labels))) == 0, "all are darker than their surroundings"
-    assert len(half_light((image, np.zeros_like(labels)))) == 0
+    y, x = np.mgrid[:160, :160]
+    dim = (labels == 1) & (np.hypot(y - 40, x - 40) > 8) & (y < 40 - np.abs(x - 40))  # a quarter of the rim
+    patchy = np.where(dim, 100 + 0.3 * (image - 100), image), labels
+    even, uneven = (
+        [measure(frame)[0] for measure in (half_light, half_contour)] for frame in ((image, labels), patchy)
+    )
+    assert uneven[0] > even[0] - 0.1
+    assert uneven[1] < even[1] - 0.5
+
+
+@pytest.mark.parametrize("measure", [half_light, half_contour])
+def test_cells_that_tell_nothing_are_left_out(measure: Measure) -> None:
+    image, labels = disks(0.0)
+    assert len(measure((image, np.where(labels == 2, 0, labels)))) == 3
+    assert len(measure((image[:, 30:], labels[:, 30:]))) == 2, "two are cut off"
+    assert len(measure((image[::6, ::6], labels[::6, ::6]))) == 0, "all are too small"
+    assert len(measure((300 - image, labels))) == 0, "all are darker than their surroundings"
+    assert len(measure((image, np.zeros_like(labels)))) == 0
+
+
+def test_an_edge_along_another_cell_tells_nothing() -> None:
+    image, labels = disks(0.0)
+    image[:, :] = 100 + 200 * (labels == 1)
+    apart = half_contour((image, labels))
+    y, x = np.mgrid[:160, :160]
+    labels[(np.hypot(y - 40, x - 64) < 12) & (labels == 0)] = 5  # as bright and up against it
+    image[labels == 5] = 300
+    assert half_contour((image, labels))[0] == pytest.approx(apart[0], abs=0.15)
 
 
 def test_a_few_frames_are_pulled_towards_what_is_usual() -> None:
-    one, many = wanted_half_light([disks(2.0)]), wanted_half_light([disks(2.0)] * 30)
+    many = wanted_half_light([disks(2.0)] * 30)
     assert many == pytest.approx(-2.0, abs=0.35)
-    assert one == pytest.approx((float(np.median(half_light(disks(2.0)))) + 2 * USUAL[2]) / 3)
-    plane = wanted_half_light([disks(2.0)], ndim=3)
-    assert one - plane == pytest.approx((USUAL[2] - USUAL[3]) * 2 / 3)
+    for ndim, measure in ((2, half_contour), (3, half_light)):
+        own = float(np.median(measure(disks(2.0))))
+        assert wanted_half_light([disks(2.0)], ndim) == pytest.approx((own + 2 * USUAL[ndim]) / 3)
     assert np.isnan(wanted_half_light([(np.zeros((9, 9)), np.zeros((9, 9), np.int32))]))
 
 

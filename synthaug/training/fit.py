@@ -43,6 +43,7 @@ from synthaug.training.borrowing import (
     borrow_styles,
     lend_cells,
     mottle_of_lent,
+    press_cells,
 )
 from synthaug.training.loop import LoopResult
 from synthaug.training.material import Frames, Pair, Volumes
@@ -250,6 +251,7 @@ def fit(
         if ndim == 2:
             add_cytoplasm(cascade.background, masks.usual_radius, len(pairs))
             add_fragments(cascade.population, masks.usual_radius, len(pairs))
+            press_cells(cascade.population, masks.usual_radius, len(pairs))
             notes.append(
                 f"{cascade.background.config.cytoplasm_rate:.0%} of the frames have light of the cytoplasm; "
                 f"for each cell there are {cascade.population.config.fragment_rate:.3f} groups of fragments"
