@@ -4,7 +4,7 @@
 networks that are lent paint some of them, haze and neighbours add to it, and planes get light from those above and below.
 Outlines were off by 0.2 px then, and a segmenter learns that to the pixel: of cells of 6 px, a fifteenth of their area.
 
-In planes, which are noisy, that goes by the mean profile across an outline, in frames by the contour of half of the light. A
+In planes that goes by the mean profile across an outline (volumes were measured so), in frames by the contour of half light. A
 mean makes up for dim stretches of an edge by bright ones, a segmenter does not: it saw lent cells, whose light is clumpy, 6 %
 smaller than they were labelled (BBBC039; real ones 0.5 %), and so outlined real ones wider, the sooner to merge with others.
 """
@@ -33,7 +33,7 @@ USUAL = {2: -0.4, 3: -1.15}
 -0.35 and -0.69), planes -1.14 (BBBC050)."""
 
 USUAL_FRAMES = 2.0
-"""Frames that `USUAL` weighs as much as. Within a set frames differ by 0.13 to 0.45 px, as they come from several hands."""
+"""Frames that `USUAL` weighs as much as. Within a set frames differ by 0.17 to 0.66 px, as they come from several hands."""
 
 DISTANCES = np.arange(-4, 6)
 """Whole pixels from the outline at which light is looked at, negative inside."""
