@@ -220,7 +220,7 @@ def add_fragments(population: PopulationSynthesis, radius: float, num_frames: in
 def press_cells(population: PopulationSynthesis, radius: float, num_frames: int) -> None:
     """Press close neighbours together as far as cells usually are, where few frames are annotated; in place, arguments as of
     `add_cytoplasm`."""
-    if _untold(num_frames) == 0:
+    if not _are_few(num_frames):
         return
     gaps = population.config.gaps
     usual = [DEEPEST * radius * (1 - (i + 0.5) / len(gaps) / TOUCHING) for i in range(len(gaps))]

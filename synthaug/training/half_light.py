@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,9 +68,9 @@ def half_light(frame: Frame) -> NDArray[np.float64]:
     are left out.
     """
     found = []
-    for light, own, near_others in _cells_of(frame, frame[0].astype(np.float64)):
-        distance = np.where(own, 0.5 - ndimage.distance_transform_edt(own), ndimage.distance_transform_edt(~own) - 0.5)
-        distance[~own & near_others] = np.inf
+    for light, inside, outside, near_others in _cells_of(frame, blur=0.0):
+        distance = np.where(inside > 0, 0.5 - inside, outside - 0.5)
+        distance[(outside > 0) & near_others] = np.inf
         rings = [light[(distance > d - 0.5) & (distance <= d + 0.5)] for d in DISTANCES]
         profile = np.array([ring.mean() if ring.size > 3 else np.nan for ring in rings])
         falls = np.flatnonzero((profile[:-1] >= 0.5) & (profile[1:] < 0.5))
@@ -86,12 +87,11 @@ def half_contour(frame: Frame) -> NDArray[np.float64]:
     over its length. Light is compared and places are left out as by `half_light`.
     """
     found = []
-    for light, own, near_others in _cells_of(frame, ndimage.gaussian_filter(frame[0].astype(np.float64), SMOOTH)):
-        inside, outside = ndimage.distance_transform_edt(own), ndimage.distance_transform_edt(~own)
+    for light, inside, outside, near_others in _cells_of(frame, blur=SMOOTH):
         length = ((inside == 1) & ~near_others).sum()
         if length >= LEAST_EDGE:
-            won = ~own & (outside <= RIM) & (light > 0.5) & ~near_others
-            lost = own & (inside <= RIM) & (light <= 0.5) & ~near_others
+            won = (outside > 0) & (outside <= RIM) & (light > 0.5) & ~near_others
+            lost = (inside > 0) & (inside <= RIM) & (light <= 0.5) & ~near_others
             found.append((won.sum() - lost.sum()) / length)
     return np.array(found, np.float64)
 
@@ -101,11 +101,13 @@ MEASURES = {2: half_contour, 3: half_light}
 
 
 def _cells_of(
-    frame: Frame, image: NDArray[np.float64]
-) -> Iterator[tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_]]]:
-    """Light of `image` over its core's, what is the cell's, and what lies within 3 px of others, of all that tell something."""
-    labels = frame[1]
-    cells, background = labels > 0, far_level(frame[0].astype(np.float64), labels)[1]
+    frame: Frame, blur: float
+) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[np.bool_]]]:
+    """Of all cells that tell something: light over their core's, blurred by so many pixels, how deep inside a pixel lies, how
+    far outside, and whether within 3 px of others."""
+    image, labels = frame[0].astype(np.float64), frame[1]
+    cells, background = labels > 0, far_level(image, labels)[1]
+    image = ndimage.gaussian_filter(image, blur)
     margin = int(DISTANCES[-1]) + 3
     for label, box in enumerate(ndimage.find_objects(labels.astype(np.int32)), start=1):
         if box is None or any(s.start == 0 or s.stop == n for s, n in zip(box, labels.shape)):
@@ -117,9 +119,10 @@ def _cells_of(
         others = cells[near] & ~own
         near_others = ndimage.distance_transform_edt(~others) <= 3 if others.any() else np.zeros_like(own)
         light = image[near] - background
-        core = light[ndimage.distance_transform_edt(own) > 2.5]
+        inside = ndimage.distance_transform_edt(own)
+        core = light[inside > 2.5]
         if core.size >= LEAST_CORE and core.mean() > 0:
-            yield light / core.mean(), own, near_others
+            yield light / core.mean(), inside, ndimage.distance_transform_edt(~own), near_others
 
 
 def wanted_half_light(frames: Sequence[Frame], ndim: int = 2) -> float:
