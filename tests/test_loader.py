@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import signal
@@ -56,6 +57,21 @@ def test_a_worker_that_dies(tmp_path: Path, death: Callable[[], Any]) -> None:
     assert loader.stats().batches == 3
     seen += images(loader, 3)
     assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True)), "it goes on where the training was"
+
+
+def test_a_worker_left_over_does_not_mislead_those_started_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = SynthDataset(FakeCascade(), size=(32, 32), batch_size=4, num_lanes=2, num_batches=3)
+    seen = images(dataset.loader(num_workers=2), 1)
+    late = copy.copy(dataset._progress)  # what a worker of that loader has, which is slow to begin
+    launch = dataset.launch
+
+    def launch_after_it(start: Callable[[], Any], board: torch.Tensor) -> Any:
+        return launch(lambda: (late.begin_in_worker(0, 2), late.begin_in_worker(1, 2), start())[-1], board)
+
+    monkeypatch.setattr(dataset, "launch", launch_after_it)
+    seen += images(dataset.loader(num_workers=2), 2)
+    expected = images(SynthDataset(FakeCascade(), size=(32, 32), batch_size=4, num_lanes=2), 3)
+    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
 
 
 def test_other_errors_stay_what_they_are() -> None:

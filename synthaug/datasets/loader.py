@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from synthaug.datasets.bank import StreamStats
-from synthaug.datasets.progress import MAX_WORKERS
+from synthaug.datasets.progress import MAX_WORKERS, launch_board
 from synthaug.errors import InputError, ProducerError
 from synthaug.randomness import SampleKey
 
@@ -67,8 +67,11 @@ class SynthLoader(DataLoader):
     def __iter__(self) -> Any:
         if self.num_workers == 0:
             return super().__iter__()
+        if self._iterator is None or not self.persistent_workers:
+            # One that outlived the death of another may be slow to begin; it must not count as the new one in its place.
+            self._board = launch_board()
         with self._worker_deaths():
-            batches = self.dataset.launch(super().__iter__)
+            batches = self.dataset.launch(super().__iter__, self._board)
         return self._counted(batches)
 
     def _counted(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,12 @@ from torch.utils.data import get_worker_info
 MAX_WORKERS = 64
 
 
+def launch_board() -> torch.Tensor:
+    """Memory to share with workers: first batch, end of the epoch (-1: endless), then for every (number of workers, worker)
+    how often it began."""
+    return torch.zeros(2 + MAX_WORKERS * (MAX_WORKERS + 1), dtype=torch.int64, device="cpu").share_memory_()
+
+
 class Progress:
     """The next batch of a stream and the epoch it lies in.
 
@@ -26,9 +32,7 @@ class Progress:
         self.batch = 0
         self.epoch_start = 0
         self._mid_epoch = False  # whether the next iter() finishes the epoch that began at epoch_start
-        # First batch, end of the epoch (-1: endless), then for every (number of workers, worker) how often it began.
-        size = 2 + MAX_WORKERS * (MAX_WORKERS + 1)
-        self._launch = torch.zeros(size, dtype=torch.int64, device="cpu").share_memory_()
+        self._launch = launch_board()
         self._publish(*self._next_epoch())
 
     def jump(self, batch: int, epoch_start: int) -> None:
@@ -42,8 +46,13 @@ class Progress:
         """Count batches as handed out."""
         self.batch += num
 
-    def begin(self) -> tuple[int, int | None]:
-        """Begin or go on with an epoch in the main process, and tell workers that start now: (first batch, end)."""
+    def begin(self, board: torch.Tensor | None = None) -> tuple[int, int | None]:
+        """Begin or go on with an epoch in the main process, and tell workers that start now: (first batch, end).
+
+        With a `launch_board` of their own those workers count apart from others that are left over from an earlier start.
+        """
+        if board is not None:
+            self._launch = board
         start, end = self._next_epoch()
         if end is not None and self.num_batches is not None:
             self.epoch_start = end - self.num_batches

@@ -246,9 +246,9 @@ class SynthDataset(IterableDataset):
                 stacklevel=2,
             )
 
-    def launch(self, start: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-        """Start workers at the next batch, which then send their stats along; `loader()` calls it."""
-        self._progress.begin()
+    def launch(self, start: Callable[[], Iterator[dict[str, Any]]], board: torch.Tensor) -> Iterator[dict[str, Any]]:
+        """Start or wake the workers of that board at the next batch, who send their stats along; `loader()` calls it."""
+        self._progress.begin(board)
         self._ship_stats = True  # workers that are forked or spawned in the next line take it with them
         try:
             return start()
