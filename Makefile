@@ -4,9 +4,11 @@
 # Another build:           make env TORCH=torch==2.11.0
 # CPU-only build on Linux: make env PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 # Another interpreter:     make env PYTHON=python3.12
+# More tests side by side: make test JOBS=8
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -18,6 +20,9 @@ EXTRA3 := cellpose3
 EXTRA4 := cellpose
 CELLPOSE_STAMPS := .venv-cellpose3/.installed .venv-cellpose4/.installed
 
+# A file goes to one process, as its tests share cascades. In their order: xdist would leave the few but long ones for last.
+SIDE_BY_SIDE = --numprocesses=$(JOBS) --dist=loadfile --no-loadscope-reorder
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help env test cellpose lint format demo
@@ -28,7 +33,7 @@ help:  ## list the targets
 env: $(STAMP)  ## create .venv with the library (editable) and the tools that check it
 
 test: lint  ## ruff, mypy, pytest, and the tests with Cellpose, up to the first that fails
-	$(BIN)/pytest
+	$(BIN)/pytest $(SIDE_BY_SIDE)
 	@$(MAKE) --no-print-directory cellpose
 
 cellpose: $(CELLPOSE_STAMPS)  ## the tests with Cellpose alone, in environments with Cellpose 3 and with 4
@@ -50,7 +55,7 @@ demo: env  ## train a small MONAI UNet with and without synthetic cells, and com
 # One thread, as the networks of these tests are too small to share. With CELLPOSE set, a missing Cellpose is no reason to skip.
 define test_cellpose
 CELLPOSE=$(CELLPOSE$(1)) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1 \
-	  .venv-cellpose$(1)/bin/python -m pytest -k "cellpose or torchvision" tests/test_cellpose*.py tests/test_frechet.py \
+	  .venv-cellpose$(1)/bin/python -m pytest $(SIDE_BY_SIDE) -k "cellpose or torchvision" tests/test_cellpose*.py tests/test_frechet.py \
 	  tests/test_readme.py
 endef
 
@@ -64,7 +69,7 @@ $(STAMP): pyproject.toml
 	$(call install,-e ".[dev]")
 
 $(CELLPOSE_STAMPS): .venv-cellpose%/.installed: pyproject.toml Makefile
-	$(call install,-e ".[$(EXTRA$*)]" "cellpose==$(CELLPOSE$*)" pytest torchmetrics)
+	$(call install,-e ".[$(EXTRA$*)]" "cellpose==$(CELLPOSE$*)" pytest pytest-xdist torchmetrics)
 
 # The environment is the folder of the target.
 define install

@@ -23,6 +23,12 @@ VOXEL = (1.0, 0.5, 0.5)
 PAIRS = [ellipsoid_volume(seed) for seed in range(4)]
 
 
+@pytest.fixture(autouse=True)
+def few_calibration_cells(monkeypatch):
+    """A fresh cell of a volume takes most of a second."""
+    monkeypatch.setattr("synthaug.training.material.CALIBRATION_CELLS", 12)
+
+
 def test_dense_labels_are_used_plane_by_plane():
     material = Volumes(PAIRS, None, VOXEL, 4)
     for (_, thin), (_, dense) in zip(material.pairs, PAIRS):
