@@ -25,7 +25,8 @@ import numpy as np
 import torch
 
 import synthaug
-from synthaug.generators.population import PopulationConfig, PopulationSynthesis
+from synthaug.generators.population import PopulationSynthesis
+from synthaug.generators.population_config import PopulationConfig
 from synthaug.kernels.compositing import resample, resample_stacks
 from synthaug.randomness import SampleKey
 from synthaug.types import Cells

@@ -13,7 +13,7 @@ from skimage.measure import label as components
 from synthaug.cascade import Cascade
 from synthaug.errors import InputError
 from synthaug.generators.fragments import COLUMNS, MOST, draw_fragments, scatter_fragments
-from synthaug.generators.population import PopulationConfig
+from synthaug.generators.population_config import PopulationConfig
 from synthaug.randomness import SampleKey
 from synthaug.training.borrowing import FRAGMENTS, add_fragments
 

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from synthaug.errors import InputError
 from synthaug.generators import layout
-from synthaug.generators.population import ODD, PopulationConfig, PopulationSynthesis
+from synthaug.generators.population import ODD, PopulationSynthesis
+from synthaug.generators.population_config import PopulationConfig
 from synthaug.kernels.compositing import resample
 from synthaug.randomness import SampleKey
+from synthaug.training.population_fit import fit_population
 from synthaug.types import Cells, Scenes
 
 pytestmark = pytest.mark.usefixtures("untouched_random_state")
@@ -175,7 +177,7 @@ def test_fit_tells_clustered_from_scattered_and_survives_the_disk(tmp_path: Path
     for p in (0.0, 0.8):
         keys = [SampleKey(5, (i,)) for i in range(4)]
         scenes = scenes_of(keys, [22] * 4, (160, 160), clustering=p)
-        fitted[p] = PopulationSynthesis.fit(list(scenes.labels[:, 0].numpy()), min_area=12)
+        fitted[p] = fit_population(list(scenes.labels[:, 0].numpy()), min_area=12)
     assert fitted[0.0].config.clustering <= 0.2 < 0.5 <= fitted[0.8].config.clustering
     assert fitted[0.8].config.gaps[0] in (0, -1), "these cells touch, but are hardly pressed together"
     assert fitted[0.0].config.frame_size == (160, 160)
@@ -187,12 +189,12 @@ def test_fit_tells_clustered_from_scattered_and_survives_the_disk(tmp_path: Path
 def test_fit_with_little_to_see() -> None:
     labels = np.zeros((40, 40), np.int32)
     labels[10:20, 10:20] = 1
-    config = PopulationSynthesis.fit([labels, np.zeros_like(labels)], min_area=5).config
+    config = fit_population([labels, np.zeros_like(labels)], min_area=5).config
     assert (config.clustering, config.gaps) == (0.0, (0,))
     with pytest.raises(InputError, match="not cut by the border"):
-        PopulationSynthesis.fit([labels], min_area=101)
+        fit_population([labels], min_area=101)
     with pytest.raises(InputError, match="min_area"):
-        PopulationSynthesis.fit([labels], min_area=0)
+        fit_population([labels], min_area=0)
 
 
 @pytest.mark.parametrize("depth", [0, 2, 4, 6])
@@ -207,7 +209,7 @@ def test_fit_tells_how_far_cells_are_pressed_together(depth: int) -> None:
     told = np.concatenate([layout.presses(frame) for frame in labels])
     assert len(told) > 12
     assert np.median(told) == pytest.approx(depth, abs=0.8)
-    fitted = PopulationSynthesis.fit(labels, min_area=12).config
+    fitted = fit_population(labels, min_area=12).config
     assert fitted.gaps[4] == pytest.approx(-depth, abs=2)
     assert float(frames.light.max()) < 1.35, "light is not counted twice where cells are pressed together"
 

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from synthaug.errors import InputError
 from synthaug.generators import layout
-from synthaug.generators.population import PopulationConfig, PopulationSynthesis
+from synthaug.generators.population import PopulationSynthesis
+from synthaug.generators.population_config import PopulationConfig
 from synthaug.generators.region import Region
 from synthaug.kernels.compositing import resample, resample_stacks
 from synthaug.randomness import SampleKey
+from synthaug.training.population_fit import fit_population
 from synthaug.types import UNLABELLED, Cells, Scenes
 
 pytestmark = pytest.mark.usefixtures("untouched_random_state")
@@ -221,7 +223,7 @@ def test_fit_tells_clustered_from_scattered_by_single_planes() -> None:
         keys = [SampleKey(5, (i,)) for i in range(6)]
         scenes = scenes_of(keys, [18] * 6, (20, 70, 70), clustering=p)
         planes = [thinned(volume) for volume in scenes.labels[:, 0].numpy()]
-        config = PopulationSynthesis.fit(planes, min_area=12, z_spacing=2.0, depth=4.5).config
+        config = fit_population(planes, min_area=12, z_spacing=2.0, depth=4.5).config
         assert config.frame_size == (20, 70, 70)
         assert (config.min_area, config.z_spacing, config.region) == (12, 2.0, None)
         assert 1 < config.reach_z < 5 < config.reach < 11
@@ -235,12 +237,12 @@ def test_fit_finds_a_region_which_explains_neighbours_without_clustering(tmp_pat
     volumes = list(scenes.labels[:, 0].numpy())
     measured = {"centres": [layout.middles(v) for v in volumes], "moments": layout.moments(volumes)}
     sparse = [thinned(volume) for volume in volumes]
-    confined = PopulationSynthesis.fit(sparse, min_area=12, z_spacing=2.0, depth=4.5, **measured)
+    confined = fit_population(sparse, min_area=12, z_spacing=2.0, depth=4.5, **measured)
     region = confined.config.region
     assert region is not None
     assert np.mean(region.semi_axes, axis=0) == pytest.approx([7.5, 19, 17], rel=0.2)
     assert np.mean(region.counts) == pytest.approx(np.mean(scenes.num_placed.numpy()), rel=0.25)  # told from planes
-    free = PopulationSynthesis.fit(sparse, min_area=12, z_spacing=2.0, depth=4.5).config
+    free = fit_population(sparse, min_area=12, z_spacing=2.0, depth=4.5).config
     assert confined.config.clustering <= 0.3 < free.clustering
     confined.save_pretrained(tmp_path)
     back = PopulationSynthesis.from_pretrained(tmp_path)
@@ -256,7 +258,7 @@ def test_fit_finds_a_region_which_explains_neighbours_without_clustering(tmp_pat
 def test_fit_measures_wholly_annotated_volumes_itself() -> None:
     keys = [SampleKey(8, (i,)) for i in range(8)]
     scenes = scenes_of(keys, [16] * 8, (30, 90, 90), CONFINED, clustering=0.0)
-    region = PopulationSynthesis.fit(list(scenes.labels[:, 0].numpy()), min_area=12, z_spacing=2.0).config.region
+    region = fit_population(list(scenes.labels[:, 0].numpy()), min_area=12, z_spacing=2.0).config.region
     assert region is not None
     assert region.counts == tuple(float(n) for n in scenes.num_placed)
 
@@ -265,15 +267,15 @@ def test_fit_with_little_to_see() -> None:
     labels = np.full((9, 40, 40), UNLABELLED, np.int32)
     labels[4] = 0
     labels[4, 10:20, 10:20] = 1
-    config = PopulationSynthesis.fit([labels, np.full_like(labels, UNLABELLED)], min_area=30).config
+    config = fit_population([labels, np.full_like(labels, UNLABELLED)], min_area=30).config
     assert (config.clustering, config.gaps, config.region) == (0.0, (0,), None)
     with pytest.raises(InputError, match="not cut by the border"):
-        PopulationSynthesis.fit([labels], min_area=2000)
+        fit_population([labels], min_area=2000)
     with pytest.raises(InputError, match=r"all \[Y, X\] or all \[Z, Y, X\]"):
-        PopulationSynthesis.fit([labels, labels[4]], min_area=30)
+        fit_population([labels, labels[4]], min_area=30)
     for name, value in (("centres", []), ("moments", []), ("counts_per_volume", [1.0, 2.0])):
         with pytest.raises(InputError, match=name):
-            PopulationSynthesis.fit([labels], min_area=30, **{name: value})
+            fit_population([labels], min_area=30, **{name: value})
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Cells to populations: rotate, flip, place one after another, add up the light (paper, "Cell Population Synthesis").
 
-The clustering probability, the gaps between neighbours and the spread of the number of cells are fitted to real labels.
+The clustering probability, the gaps between neighbours and the spread of the number of cells are fitted to real labels by
+`training/population_fit.py`.
 
 Frames and volumes are made by the same stage. In a volume cells are turned and mirrored in plane (the optical axis has a
 blur of its own, so they are never tilted), may be mirrored along z, and are put at whole planes: what they are shifted by
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,7 @@ from torch import Tensor
 from synthaug.errors import InputError
 from synthaug.generators import layout
 from synthaug.generators.fragments import draw_fragments, scatter_fragments
-from synthaug.generators.frame_fit import spaced
-from synthaug.generators.region import Region
+from synthaug.generators.population_config import PopulationConfig
 from synthaug.generators.stage import Noise, Stage
 from synthaug.kernels.compositing import composite, resample, resample_stacks
 from synthaug.randomness import SampleKey
@@ -39,146 +38,11 @@ ODD = (1.5, 4.0)
 """By how much a very bright (dim) cell is brighter (dimmer) than it would be, drawn evenly on a logarithmic scale."""
 
 
-@dataclass(frozen=True)
-class PopulationConfig:
-    """What is fitted to the label images of a data set.
-
-    Attributes:
-        min_area: pixels (voxels) an instance must keep on the canvas, >= 1.
-        clustering: probability p in [0, 1] that a cell is placed next to one that is already there.
-        gaps: quantiles of the gap to that neighbour, whole pixels, ascending; 0 means touching, less that the two are
-            pressed together by so many pixels.
-        clearance: pixels >= 0 which the other cells keep from their neighbours at most; each keeps a random part of it.
-        reach: pixels by which the canvas grows, along Y and X, for the centres of cells that keep `min_area` on it.
-        frame_size: ((Z,) Y, X) of the frames in which densities were counted; (0, 0): density is taken as it is.
-        dispersion: variance over mean of the number of cells in small windows of one frame; 0 = none, 1 = Poisson's.
-        num_tries: candidate positions a cell gets in each way of placing.
-        gain_sigma: standard deviation of the log of the brightness gain a cell gets every time it is used.
-        odd_rate: share of the uses, in [0, 1], in which a cell is much dimmer or brighter besides, as cells out of focus and
-            cells in mitosis are: by a factor of `ODD`, two of three times dimmer.
-        fragment_rate, fragment_radius: of frames: groups of fragments for each cell, in [0, 1], and the radius of the usual
-            cell, pixels > 0, by which they are measured; see `fragments.py`.
-        z_spacing: pixels of the image plane from plane to plane, > 0; gaps and clearances along z are counted with it.
-        reach_z: planes by which a volume grows along Z, as `reach`.
-        mirror_z: whether cells of volumes are also mirrored along z.
-        region: where in a volume cells lie; None = anywhere.
-    """
-
-    min_area: int = 1
-    clustering: float = 0.0
-    gaps: tuple[int, ...] = (0,)
-    clearance: int = 0
-    reach: float = 0.0
-    frame_size: tuple[int, ...] = (0, 0)
-    dispersion: float = 0.0
-    num_tries: int = 64
-    gain_sigma: float = 0.04
-    odd_rate: float = 0.0
-    fragment_rate: float = 0.0
-    fragment_radius: float = 10.0
-    z_spacing: float = 1.0
-    reach_z: float = 0.0
-    mirror_z: bool = True
-    region: Region | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.region, dict):  # from a config file
-            object.__setattr__(self, "region", Region(**self.region))
-        probabilities, lengths = (
-            (self.clustering, self.odd_rate, self.fragment_rate),
-            (self.z_spacing, self.fragment_radius),
-        )
-        if self.min_area < 1 or self.num_tries < 1 or min(lengths) <= 0 or not all(0 <= p <= 1 for p in probabilities):
-            expected = (
-                "min_area, num_tries >= 1, clustering, odd_rate and fragment_rate in [0, 1], "
-                "z_spacing and fragment_radius > 0"
-            )
-            raise InputError("PopulationConfig", expected=expected, got=self)
-        lowest = min(self.clearance, self.reach, self.reach_z, self.dispersion, self.gain_sigma)
-        if not self.gaps or lowest < 0:
-            raise InputError(
-                "PopulationConfig", expected="gaps, and clearance, reach, dispersion and gain_sigma >= 0", got=self
-            )
-        if self.region is not None and (len(self.frame_size) != 3 or min(self.frame_size) < 1):
-            raise InputError("PopulationConfig", expected="frame_size (Z, Y, X) beside a region", got=self.frame_size)
-
-    def at_scale(self, z: float, plane: float) -> PopulationConfig:
-        """For voxels `z` times as deep and `plane` times as wide."""
-        sizes = (z, plane, plane)[-len(self.frame_size) :]
-        region = self.region
-        if region is not None:
-            axes = tuple((a / z, b / plane, c / plane) for a, b, c in region.semi_axes)
-            region = replace(region, semi_axes=axes)
-        return replace(
-            self,
-            min_area=max(round(self.min_area / (z * plane**2)), 1),
-            gaps=tuple(round(gap / plane) for gap in self.gaps),
-            clearance=round(self.clearance / plane),
-            reach=self.reach / plane,
-            fragment_radius=self.fragment_radius / plane,
-            frame_size=tuple(round(n / f) for n, f in zip(self.frame_size, sizes)),
-            z_spacing=self.z_spacing * z / plane,
-            reach_z=self.reach_z / z,
-            region=region,
-        )
-
-
 class PopulationSynthesis(Stage):
     """Places single cells on an empty (or partly occupied) canvas, 2D or 3D; no pixel is ever overwritten."""
 
     config_class = PopulationConfig
     config: PopulationConfig
-
-    @classmethod
-    def fit(
-        cls,
-        labels: Sequence[NDArray[np.integer[Any]]],
-        *,
-        min_area: int,
-        z_spacing: float = 1.0,
-        depth: float | None = None,
-        counts_per_volume: Sequence[float] | None = None,
-        centres: Sequence[NDArray[Any]] | None = None,
-        moments: Sequence[tuple[NDArray[Any], NDArray[Any]]] | None = None,
-    ) -> PopulationSynthesis:
-        """Fit all of the configuration to real label images; a few seconds.
-
-        Volumes need annotations in single planes only: clustering is fitted to the gaps seen in these planes, by placing
-        stacks made of the real outlines and looking at the same planes. What planes cannot tell are arguments; for
-        volumes annotated in every plane the defaults are measured instead.
-
-        Args:
-            labels: int [Y, X] each, 0 = background, or int [Z, Y, X] each, where planes that nobody annotated hold
-                `UNLABELLED`. Instances under `min_area` pixels (in planes: `min_area` to the power 2/3) are ignored.
-            min_area: pixels (voxels) an instance must have, >= 1.
-            z_spacing: pixels of the image plane from plane to plane, > 0.
-            depth: planes that a cell spans on average; by default as long as its outline is wide.
-            counts_per_volume: cells of each whole volume; by default from the cells of a plane and `depth`.
-            centres: float [n, 3] (ZYX, voxels) each, middles of any n cells of each volume: cells are confined to a
-                region if those of the real volumes are; by default (if planes are missing) they are not.
-            moments: mean [3] and covariance [3, 3] of the positions (ZYX, voxels) of each volume's bright voxels; by
-                default those of the centres.
-
-        Raises:
-            InputError: no frame holds a cell that is not cut by the border, or arguments do not fit each other.
-        """
-        if min_area < 1:
-            raise InputError("min_area", expected="a number of pixels >= 1", got=min_area)
-        dimensions = {np.ndim(frame) for frame in labels}
-        if len(dimensions) > 1 or not dimensions <= {2, 3}:
-            raise InputError("labels", expected="all [Y, X] or all [Z, Y, X]", got=f"{sorted(dimensions)} axes")
-        if dimensions == {3}:
-            return cls(_fit_volumes(labels, min_area, z_spacing, depth, counts_per_volume, centres, moments))
-        frames = [layout.drop_small(np.asarray(frame), min_area) for frame in labels]
-        masks = _whole_masks(frames, min_area)
-        reach = layout.reach(masks, min_area)
-        config = PopulationConfig(
-            min_area=min_area,
-            reach=reach,
-            frame_size=_median_size(frames),
-            dispersion=layout.dispersion(frames, reach, min_area),
-        )
-        return cls(replace(config, **_fit_frames(frames, masks, config)))
 
     def num_cells(
         self,
@@ -356,15 +220,15 @@ class PopulationSynthesis(Stage):
         which = torch.cat([*picks, torch.empty(0, dtype=torch.int64)])
         if device.type != "cpu":  # only those that are placed are copied
             cells, which = cells.select(which.to(device)).to("cpu"), torch.arange(len(which))
-        drawn = _of_cells(noise, counts)
+        drawn = of_cells(noise, counts)
         known = None if occupied is None else _compact(occupied)
         if len(size) == 2:
             image, masks = resample(cells, drawn["rotation"], drawn["flip"], which)
             canvas = torch.zeros((len(picks), *size), dtype=torch.int32) if known is None else known
-            labels, corners = self._place(masks, drawn, counts, p, canvas)
+            labels, corners = self.place(masks, drawn, counts, p, canvas)
         else:
             image, masks = resample_stacks(cells, drawn["rotation"], drawn["flip"], drawn["mirror"], which)
-            labels, corners = self._place_3d(masks, drawn, counts, p, size, self._regions(noise, known), known)
+            labels, corners = self.place_3d(masks, drawn, counts, p, size, self.regions(noise, known), known)
         pressed = (masks, labels, drawn["furrow"]) if "furrow" in drawn else None
         light = composite(image, cells.brightness[which] * drawn["gain"], corners, counts, size, pressed)
         num_placed = labels.flatten(1).amax(1).to(device, torch.int64)
@@ -377,7 +241,7 @@ class PopulationSynthesis(Stage):
             num_placed=num_placed,
         )
 
-    def _place(
+    def place(
         self, masks: Tensor, drawn: Noise, counts: list[int], clustering: float, occupied: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Labels [B, Y, X] and corners [N, 3] of N masks with their noise; see `place_cells`."""
@@ -394,7 +258,7 @@ class PopulationSynthesis(Stage):
             self.config.min_area,
         )
 
-    def _place_3d(
+    def place_3d(
         self,
         masks: Tensor,
         drawn: Noise,
@@ -431,7 +295,7 @@ class PopulationSynthesis(Stage):
         gaps = table[(drawn["gap"] * len(table)).long().clamp_(max=len(table) - 1)]
         return gaps, (drawn["gap"] * (clearance + 1)).long().clamp_(max=clearance)
 
-    def _regions(self, noise: Noise, occupied: Tensor | None) -> Tensor:
+    def regions(self, noise: Noise, occupied: Tensor | None) -> Tensor:
         """The ellipsoid of each volume, float64 [B, 7, 3]."""
         if self.config.region is None:
             return torch.zeros((noise["gain"].shape[0], 7, 3), dtype=torch.float64)
@@ -489,134 +353,13 @@ class PopulationSynthesis(Stage):
             )
 
 
-def _of_cells(noise: Noise, counts: Sequence[int]) -> Noise:
+def of_cells(noise: Noise, counts: Sequence[int]) -> Noise:
     """The noise of all cells of all frames, one after another; what belongs to frames is left out."""
     return {
         name: torch.cat([value.flatten(0, 1)[:0], *(value[i, :n] for i, n in enumerate(counts))])
         for name, value in noise.items()
         if name not in OF_FRAMES
     }
-
-
-def _whole_masks(frames: Sequence[layout.Labels], min_area: int) -> list[NDArray[np.bool_]]:
-    masks = [mask for frame in frames for mask in layout.whole_masks(frame)]
-    if not masks:
-        raise InputError(
-            "labels",
-            expected=f"at least one cell of {min_area} pixels or more that is not cut by the border",
-            got=f"none in {len(frames)} frames",
-            remedy="Give other frames or a smaller min_area.",
-        )
-    return masks
-
-
-def _median_size(frames: Sequence[NDArray[Any]]) -> tuple[int, ...]:
-    return tuple(int(np.median(sides)) for sides in zip(*(frame.shape for frame in frames)))
-
-
-def _diameter(masks: Sequence[NDArray[np.bool_]]) -> float:
-    return float(np.median([2 * np.sqrt(mask.sum() / np.pi) for mask in masks]))
-
-
-def _fit_frames(
-    frames: list[NDArray[np.int32]], masks: list[NDArray[np.bool_]], config: PopulationConfig
-) -> dict[str, Any]:
-    """Clustering probability and gaps: the real masks are placed anew, and the gaps to nearest neighbours compared."""
-    frames = [frame for frame in frames if frame.max(initial=0) > 1]
-    if frames:  # about 1,500 cells tell enough
-        most = math.ceil(1500 / np.mean([frame.max() for frame in frames]))
-        frames = spaced(frames, most)
-    real = [layout.neighbour_gaps(frame) for frame in frames]
-    if not real:
-        return {"clustering": 0.0, "gaps": (0,)}
-    pooled, diameter = np.concatenate(real), _diameter(masks)
-    config = replace(config, gaps=layout.near_gaps(pooled, diameter, frames))
-    cells, trials = layout.cells_of_masks(masks), []
-    for i, frame in enumerate(frames):
-        key, count = SampleKey(0, ("fit clustering", i)), len(real[i])
-        drawn = {k: v[0] for k, v in PopulationSynthesis(config).draw([key], (1, 1), [count]).items()}
-        chosen = cells.select(torch.from_numpy(key.child("picks").numpy().integers(0, len(cells), count)))
-        trials.append((resample(chosen, drawn["rotation"], drawn["flip"])[1], drawn, torch.zeros((1, *frame.shape))))
-
-    def trial(clustering: float, clearance: int) -> NDArray[np.float64]:
-        stage = PopulationSynthesis(replace(config, clustering=clustering, clearance=clearance))
-        labels = [stage._place(m, drawn, [len(m)], clustering, canvas.int())[0] for m, drawn, canvas in trials]
-        return np.concatenate([layout.neighbour_gaps(x[0].numpy()) for x in labels])
-
-    p, clearance = layout.fit_clustering(pooled, diameter, trial)
-    return {"clustering": p, "clearance": clearance, "gaps": config.gaps}
-
-
-def _fit_volumes(
-    labels: Sequence[NDArray[np.integer[Any]]],
-    min_area: int,
-    z_spacing: float,
-    depth: float | None,
-    counts: Sequence[float] | None,
-    centres: Sequence[NDArray[Any]] | None,
-    moments: Sequence[tuple[NDArray[Any], NDArray[Any]]] | None,
-) -> PopulationConfig:
-    """The whole configuration for volumes; see `PopulationSynthesis.fit`."""
-    volumes = [np.asarray(volume) for volume in labels]
-    planes = [layout.annotated(volume) for volume in volumes]
-    for name, given in (("counts_per_volume", counts), ("centres", centres), ("moments", moments)):
-        if given is not None and len(given) != len(volumes):
-            raise InputError(name, expected=f"one entry for each of {len(volumes)} volumes", got=len(given))
-    if all(len(found) == len(volume) for found, volume in zip(planes, volumes)):
-        whole = [layout.drop_small(volume, min_area) for volume in volumes]
-        depth = layout.depth(whole) if depth is None else depth
-        counts = [float(volume.max(initial=0)) for volume in whole] if counts is None else counts
-        centres = [layout.middles(volume) for volume in whole] if centres is None else centres
-        moments = layout.moments(whole) if moments is None else moments
-    least = max(round(min_area ** (2 / 3)), 1)
-    looked_at = [spaced(found, 8) for found in planes]
-    frames = [layout.drop_small(volume[z], least) for volume, found in zip(volumes, looked_at) for z in found]
-    masks = _whole_masks(frames, least)
-    diameter = _diameter(masks)
-    depth = depth or diameter / z_spacing
-    if counts is None:
-        seen = [[layout.drop_small(volume[z], least).max() for z in found] for volume, found in zip(volumes, planes)]
-        counts = [float(np.mean(n or [0]) * len(volume) / depth) for n, volume in zip(seen, volumes)]
-    cells = layout.cells_of_sections(masks, depth)
-    reach_z, reach = layout.reach_volume(cells.mask.numpy(), min_area)
-    config = PopulationConfig(
-        min_area=min_area,
-        reach=reach,
-        reach_z=reach_z,
-        frame_size=_median_size(volumes),
-        dispersion=layout.dispersion(frames, layout.reach(masks, least), least),
-        z_spacing=z_spacing,
-        region=None if centres is None else Region.fit([v.shape for v in volumes], centres, counts, moments),
-    )
-    real = [layout.neighbour_gaps(frame) for frame in frames]
-    pooled = np.concatenate([np.empty(0), *real])
-    if not len(pooled):
-        return config
-    config = replace(config, gaps=layout.near_gaps(pooled, diameter, frames))
-    chosen = spaced(range(len(volumes)), 16)
-    trials = [_trial_volume(config, cells, i, volumes[i].shape, round(counts[i])) for i in chosen if planes[i]]
-
-    def trial(clustering: float, clearance: int) -> NDArray[np.float64]:
-        stage, gaps = PopulationSynthesis(replace(config, clustering=clustering, clearance=clearance)), [np.empty(0)]
-        for (masks, drawn, regions, size), wanted in zip(trials, (looked_at[i] for i in chosen if planes[i])):
-            made = stage._place_3d(masks, drawn, [len(masks)], clustering, size, regions)[0][0].numpy()
-            gaps += [layout.neighbour_gaps(layout.drop_small(made[z], least)) for z in wanted]
-        return np.concatenate(gaps)
-
-    p, clearance = layout.fit_clustering(pooled, diameter, trial)
-    return replace(config, clustering=p, clearance=clearance)
-
-
-def _trial_volume(
-    config: PopulationConfig, cells: Cells, i: int, size: tuple[int, ...], count: int
-) -> tuple[Tensor, Noise, Tensor, tuple[int, ...]]:
-    """Masks of `count` stacks, their noise and region, for a volume of this size."""
-    key, stage = SampleKey(0, ("fit clustering", i)), PopulationSynthesis(config)
-    noise = stage.draw([key], size, [count])
-    drawn = _of_cells(noise, [count])
-    chosen = cells.select(torch.from_numpy(key.child("picks").numpy().integers(0, len(cells), count)))
-    masks = resample_stacks(chosen, drawn["rotation"], drawn["flip"], drawn["mirror"])[1]
-    return masks, drawn, stage._regions(noise, None), size
 
 
 def _compact(occupied: Tensor) -> Tensor:

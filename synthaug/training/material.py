@@ -31,6 +31,7 @@ from synthaug.generators.volume_fit import dark_level, measure_sections
 from synthaug.randomness import SampleKey
 from synthaug.training.correlation import extract_patches, fit_rho
 from synthaug.training.half_light import match_half_light
+from synthaug.training.population_fit import fit_population
 from synthaug.types import UNLABELLED
 
 Pair = tuple[NDArray[np.float32], NDArray[np.int32]]
@@ -91,7 +92,7 @@ class Frames:
 
     def fit_population(self) -> PopulationSynthesis:
         """Placement of the cells."""
-        return PopulationSynthesis.fit(self._apart()[1], min_area=self.crops.min_area)
+        return fit_population(self._apart()[1], min_area=self.crops.min_area)
 
     def finish(self, texture: TextureDiffusion, background: Background, seed: int) -> list[str]:
         """What is set after training; a line about each."""
@@ -176,7 +177,7 @@ class Volumes(Frames):
         return Background.fit(*self._apart(), counts=self.axial.counts)
 
     def fit_population(self) -> PopulationSynthesis:
-        return PopulationSynthesis.fit(
+        return fit_population(
             self._apart()[1],
             min_area=max(int(0.02 * np.median(self.volumes)), 20),
             z_spacing=self.axial.z_spacing,
