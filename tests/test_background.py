@@ -6,7 +6,7 @@ import torch
 from scipy import ndimage
 
 from synthaug.errors import InputError
-from synthaug.generators.background import NAMES, Background, BackgroundConfig, cell_contrasts
+from synthaug.generators.background import Background, BackgroundConfig
 from synthaug.generators.camera import (
     autocovariance,
     correlate_noise,
@@ -19,8 +19,10 @@ from synthaug.generators.camera import (
     texture_grid,
     wide_blur,
 )
+from synthaug.generators.frame_fit import NAMES, cell_contrasts
 from synthaug.generators.volume_fit import VOLUME_NAMES, annotated_planes
 from synthaug.randomness import SampleKey
+from synthaug.training.background_fit import fit_background
 from synthaug.types import UNLABELLED, FrameStyles
 
 LEVEL, BRIGHTNESS, FLAT, GAIN, HAZE = 140.0, 400.0, 16.0, 0.4, 0.06
@@ -67,7 +69,7 @@ def frames() -> tuple[list[np.ndarray], list[np.ndarray]]:
 
 @pytest.fixture(scope="module")
 def stage(frames) -> Background:
-    return Background.fit(*frames, tile_size=128, num_tiles=3)
+    return fit_background(*frames, tile_size=128, num_tiles=3)
 
 
 def column(stage: Background, name: str) -> np.ndarray:
@@ -99,7 +101,7 @@ def test_a_frame_without_cells_keeps_its_level_and_borrows_its_brightness(stage)
     assert column(stage, "density")[4] == 0
     assert column(stage, "level")[4] == pytest.approx(LEVEL, rel=0.01)
     assert column(stage, "brightness")[4] == pytest.approx(np.median(column(stage, "brightness")[:4]))
-    alone = Background.fit([frame(9, cells=0)[0]], [np.zeros(SIZE, np.int32)])
+    alone = fit_background([frame(9, cells=0)[0]], [np.zeros(SIZE, np.int32)])
     assert np.isfinite(alone.table.numpy()).all()
     assert column(alone, "brightness")[0] > 0
 
@@ -126,7 +128,7 @@ def test_flat_areas_of_generated_frames_match_the_real_ones(stage, frames):
 
 def test_correlated_noise_is_fitted_and_generated():
     pairs = [frame(seed, cells=6, kernel=CORRELATED) for seed in range(3)]
-    stage = Background.fit([p[0] for p in pairs], [p[1] for p in pairs], tile_size=64, num_tiles=1)
+    stage = fit_background([p[0] for p in pairs], [p[1] for p in pairs], tile_size=64, num_tiles=1)
     lags = [(0, 1), (1, 0), (1, 1), (0, 2)]
     wanted = filter_correlation(CORRELATED, lags)
     assert wanted[0] > 0.3  # or the test would not test
@@ -226,7 +228,7 @@ def test_round_trip_through_a_folder_is_exact(stage, tmp_path):
 
 def test_float_frames_are_not_rounded():
     pairs = [frame(seed, cells=12) for seed in range(2)]
-    stage = Background.fit([p[0] / 4095 for p in pairs], [p[1] for p in pairs], tile_size=64, num_tiles=1)
+    stage = fit_background([p[0] / 4095 for p in pairs], [p[1] for p in pairs], tile_size=64, num_tiles=1)
     assert not stage.config.integer
     assert stage.tiles.dtype == torch.float32
     assert column(stage, "flat_variance") == pytest.approx(FLAT / 4095**2, rel=0.12)
@@ -236,11 +238,11 @@ def test_float_frames_are_not_rounded():
 def test_mistakes_are_named(stage):
     image, labels = frame(0)
     with pytest.raises(InputError, match="frames"):
-        Background.fit([], [])
+        fit_background([], [])
     with pytest.raises(InputError, match=r"frames\[0\]"):
-        Background.fit([image[:100]], [labels])
+        fit_background([image[:100]], [labels])
     with pytest.raises(InputError, match="NaN"):
-        Background.fit([np.where(labels == 1, np.nan, image)], [labels])
+        fit_background([np.where(labels == 1, np.nan, image)], [labels])
     with pytest.raises(InputError, match="fitted"):
         Background(BackgroundConfig()).draw_styles([SampleKey(0)])
     light = torch.zeros(1, 1, 32, 32)
@@ -328,7 +330,7 @@ def stacks() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
 
 @pytest.fixture(scope="module")
 def volume_stage(stacks) -> Background:
-    return Background.fit([s[0] for s in stacks], [s[1] for s in stacks], tile_size=64, num_tiles=2)
+    return fit_background([s[0] for s in stacks], [s[1] for s in stacks], tile_size=64, num_tiles=2)
 
 
 def volume_column(stage: Background, name: str) -> np.ndarray:
@@ -351,13 +353,13 @@ def test_parameters_of_stacks_are_found_from_a_few_annotated_planes(volume_stage
 
 
 def test_counts_of_cells_may_be_given(stacks):
-    stage = Background.fit([stacks[0][0]], [stacks[0][1]], num_tiles=1, tile_size=32, counts=[21.0])
+    stage = fit_background([stacks[0][0]], [stacks[0][1]], num_tiles=1, tile_size=32, counts=[21.0])
     assert float(volume_column(stage, "density")[0]) * np.prod(WIDE) == pytest.approx(21)
 
 
 def test_gaussian_noise_in_stacks_stays_gaussian():
     image, labels, _ = volume(7, multiplied=False)
-    stage = Background.fit([image], [labels], num_tiles=1, tile_size=32)
+    stage = fit_background([image], [labels], num_tiles=1, tile_size=32)
     assert stage.config.read_noise == 0
     assert not len(stage.noise_table)
     assert volume_column(stage, "flat_variance") == pytest.approx(40, rel=0.15)
@@ -443,11 +445,11 @@ def test_mistakes_with_stacks_are_named(volume_stage, stacks):
     image, sparse, _ = stacks[0]
     assert annotated_planes(sparse) == list(range(2, DEPTH, 4))
     with pytest.raises(InputError, match="annotated plane"):
-        Background.fit([image], [np.full(WIDE, UNLABELLED, np.int32)])
+        fit_background([image], [np.full(WIDE, UNLABELLED, np.int32)])
     with pytest.raises(InputError, match=r"frames\[0\]"):
-        Background.fit([image[:3]], [sparse[:3]])
+        fit_background([image[:3]], [sparse[:3]])
     with pytest.raises(InputError, match="counts"):
-        Background.fit([image], [sparse], counts=[1.0, 2.0])
+        fit_background([image], [sparse], counts=[1.0, 2.0])
     with pytest.raises(InputError, match="Z, Y, X"):
         volume_stage.draw([SampleKey(0)], (32, 32))
     with pytest.raises(InputError, match="Z, Y, X"):

@@ -11,10 +11,10 @@ import torch
 
 from synthaug.cascade import Cascade
 from synthaug.errors import InputError
-from synthaug.generators.background import Background
 from synthaug.generators.masks import usual_rows
 from synthaug.generators.population import PopulationSynthesis
 from synthaug.randomness import SampleKey
+from synthaug.training.background_fit import fit_background
 from synthaug.training.borrowing import (
     CROWDED,
     EMPTY,
@@ -88,7 +88,7 @@ def test_what_a_row_cannot_tell_does_not_spoil_the_middle() -> None:
 
 def test_one_frame_takes_the_variety_of_another_data_set() -> None:
     image, labels = ellipse_frame(0)
-    background = Background.fit([image], [labels])
+    background = fit_background([image], [labels])
     alone = background.table.clone()
     source = Cascade.from_pretrained("nuclei-2d").background
     borrow_styles(background, source)
@@ -109,7 +109,7 @@ def test_one_frame_takes_the_variety_of_another_data_set() -> None:
 def test_few_frames_are_joined_by_empty_and_by_crowded_ones() -> None:
     """Also where those of the other data set are all alike."""
     background, source = (
-        Background.fit(*([x] for x in ellipse_frame(0))),
+        fit_background(*([x] for x in ellipse_frame(0))),
         Cascade.from_pretrained("nuclei-2d").background,
     )
     density = background.names.index("density")
@@ -180,7 +180,7 @@ def test_lent_cells_that_are_small_beside_the_own_ones_are_not_mottled() -> None
 
 def test_volumes_borrow_numbers_and_brightness_of_cells_from_frames() -> None:
     image, labels = ellipsoid_volume(0)
-    background, source = Background.fit([image], [labels]), Cascade.from_pretrained("nuclei-2d").background
+    background, source = fit_background([image], [labels]), Cascade.from_pretrained("nuclei-2d").background
     alone = background.table[0].clone()
     borrow_styles(background, source)
     table = background.table
@@ -195,6 +195,6 @@ def test_volumes_borrow_numbers_and_brightness_of_cells_from_frames() -> None:
 
 
 def test_frames_do_not_borrow_from_volumes() -> None:
-    background = Background.fit(*([x] for x in ellipse_frame(0)))
+    background = fit_background(*([x] for x in ellipse_frame(0)))
     with pytest.raises(InputError, match="2D data"):
-        borrow_styles(background, Background.fit(*([x] for x in ellipsoid_volume(0))))
+        borrow_styles(background, fit_background(*([x] for x in ellipsoid_volume(0))))

@@ -21,7 +21,7 @@ from skimage import measure
 from torch import Tensor
 
 from synthaug.errors import DataError
-from synthaug.generators.background import cell_contrasts
+from synthaug.generators.frame_fit import cell_contrasts
 from synthaug.generators.masks import signed_distance
 from synthaug.generators.texture import HALO, fade
 

@@ -24,7 +24,7 @@ from synthaug.datasets.crops import CropSet, extract_crops
 from synthaug.datasets.decoding import contiguous
 from synthaug.errors import DataError, InputError
 from synthaug.generators.axial import shrink
-from synthaug.generators.background import cell_contrasts
+from synthaug.generators.frame_fit import cell_contrasts
 from synthaug.generators.volume_fit import annotated_planes, dark_level
 from synthaug.types import UNLABELLED
 

@@ -39,7 +39,7 @@ from synthaug.evaluation.tiles import (
     is_sparse,
     planes,
 )
-from synthaug.generators.background import cell_contrasts
+from synthaug.generators.frame_fit import cell_contrasts
 from synthaug.randomness import SampleKey
 
 PROPERTIES: dict[str, str] = {

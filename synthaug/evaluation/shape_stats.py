@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from synthaug.errors import InputError
 from synthaug.evaluation.tiles import Floats, Pair, VoxelSize, check_sets, cut_by_border, is_sparse
-from synthaug.generators.background import cell_contrasts
+from synthaug.generators.frame_fit import cell_contrasts
 from synthaug.types import Cells
 
 SPECK = 50

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from synthaug.errors import InputError
-from synthaug.generators.background import NAMES, Background
-from synthaug.generators.frame_fit import POSITIVE, fit_jitter
+from synthaug.generators.background import Background
+from synthaug.generators.frame_fit import NAMES, POSITIVE, fit_jitter
 from synthaug.generators.masks import MaskDDPM
 from synthaug.generators.population import PopulationSynthesis
 from synthaug.generators.volume_fit import VOLUME_NAMES, VOLUME_POSITIVE

@@ -29,6 +29,7 @@ from synthaug.generators.slicing import Slicing, SlicingConfig, slices_needed
 from synthaug.generators.texture import TextureDiffusion
 from synthaug.generators.volume_fit import dark_level, measure_sections
 from synthaug.randomness import SampleKey
+from synthaug.training.background_fit import fit_background
 from synthaug.training.correlation import extract_patches, fit_rho
 from synthaug.training.half_light import match_half_light
 from synthaug.training.population_fit import fit_population
@@ -88,7 +89,7 @@ class Frames:
 
     def fit_background(self) -> Background:
         """Background and camera of the images."""
-        return Background.fit(*self._apart())
+        return fit_background(*self._apart())
 
     def fit_population(self) -> PopulationSynthesis:
         """Placement of the cells."""
@@ -174,7 +175,7 @@ class Volumes(Frames):
         ]
 
     def fit_background(self) -> Background:
-        return Background.fit(*self._apart(), counts=self.axial.counts)
+        return fit_background(*self._apart(), counts=self.axial.counts)
 
     def fit_population(self) -> PopulationSynthesis:
         return fit_population(
