@@ -324,7 +324,7 @@ class Background(Stage):
         expected = base + lit
         flat = column("flat_variance")
         variance = torch.maximum(flat + column("gain") * (expected - column("level")), 0.1 * flat)
-        return self.read_out(expected, variance, noise["camera"], styles["gain"])
+        return self.camera_counts(expected, variance, noise["camera"], styles["gain"])
 
     def _on_volume_model(self, styles: FrameStyles, light: Tensor, labels: Tensor, noise: Noise) -> Tensor:
         """One stack at a time: the blurs' widths are its own."""
@@ -396,7 +396,7 @@ class Background(Stage):
         gain = styles["gain"]
         if light.ndim == 5:
             return self._expose_volume(image + lit, lit, 0.0, 0.0, float(gain[0]), noise["camera"])
-        return self.read_out(image + lit, gain[:, None, None, None] * lit, noise["camera"], gain)
+        return self.camera_counts(image + lit, gain[:, None, None, None] * lit, noise["camera"], gain)
 
     def _expose_volume(
         self, expected: Tensor, signal: Tensor, level: float, flat: float, gain: float, camera: Tensor
@@ -411,9 +411,9 @@ class Background(Stage):
             rows = (expected[0, 0], signal[0, 0], camera[0, 0], self.kernel, self.noise_table)
             return read_out(*rows, *affine, read, *spans, *camera_range)[None, None]
         variance = (flat + gain * (signal - level)).clamp(min=0.1 * flat)
-        return self.read_out(expected, variance, camera, torch.tensor([gain], device=expected.device))
+        return self.camera_counts(expected, variance, camera, torch.tensor([gain], device=expected.device))
 
-    def read_out(self, expected: Tensor, variance: Tensor, camera: Tensor, gain: Tensor) -> Tensor:
+    def camera_counts(self, expected: Tensor, variance: Tensor, camera: Tensor, gain: Tensor) -> Tensor:
         """What the camera makes of light.
 
         Args:

@@ -164,7 +164,7 @@ def _keep_tiles(
         margin = len(stage.kernel) - 1
         shape = (*hole.shape[:-2], hole.shape[-2] + margin, hole.shape[-1] + margin)
         white = torch.from_numpy(SampleKey(0, ("tile", i)).numpy().standard_normal([1, 1, *shape])).float()
-        filled = stage.read_out(
+        filled = stage.camera_counts(
             torch.from_numpy(expected)[None, None].float(),
             torch.from_numpy(variance)[None, None].float(),
             white,
