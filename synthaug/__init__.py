@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from synthaug.datasets.check import check_stream
     from synthaug.datasets.readers import open_pairs
     from synthaug.datasets.synth import SynthDataset
+    from synthaug.datasets.throughput import measure_throughput
     from synthaug.datasets.transforms import RandSynthPopulation, RandSynthPopulationd
     from synthaug.randomness import SampleKey
 
@@ -27,6 +28,7 @@ _HOMES = {
     "SynthDataset": "synthaug.datasets.synth",
     "cellpose_data": "synthaug.datasets.cellpose",
     "check_stream": "synthaug.datasets.check",
+    "measure_throughput": "synthaug.datasets.throughput",
     "open_pairs": "synthaug.datasets.readers",
 }
 
@@ -39,6 +41,7 @@ __all__ = [
     "__version__",
     "cellpose_data",
     "check_stream",
+    "measure_throughput",
     "open_pairs",
 ]
 

@@ -584,9 +584,18 @@ class Cascade(nn.Module):
             card or f"# {self.config.name}\n\nA synthaug cascade without a model card.\n"
         )
         write_atomic(temporary / "model_index.json", (json.dumps(index, indent=2) + "\n").encode())
+        # The old one is not deleted before the new one is in its place.
+        replaced = folder.with_name(f".{folder.name}.replaced")
         if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+            shutil.rmtree(replaced, ignore_errors=True)
+            folder.rename(replaced)
+        try:
+            temporary.rename(folder)
+        except BaseException:
+            if replaced.exists():
+                replaced.rename(folder)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> Cascade:

@@ -1,4 +1,4 @@
-"""The command line: fit, generate, preview, info, evaluate realism, evaluate experiment, demo.
+"""The command line: fit, generate, preview, bench, info, evaluate realism, evaluate experiment, demo.
 
 A user's mistake ends with exit code 2 and one line; `--debug` shows the traceback.
 """
@@ -15,7 +15,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 
 from synthaug.errors import InputError, SynthAugError
@@ -31,16 +30,6 @@ evaluation = typer.Typer(
     help="How real the synthetic images are, and whether training on them helps.", no_args_is_help=True
 )
 app.add_typer(evaluation, name="evaluate")
-
-FRAMES_AT_ONCE = 4
-"""Frames generated together by `generate`; bounds memory."""
-
-REUSE = 4
-"""How often `generate` uses a cell (turned, flipped and rescaled in brightness every time)."""
-
-
-Pair = tuple[np.ndarray, np.ndarray]
-"""Image and labels, [Y, X] or [Z, Y, X] both."""
 
 
 class Format(StrEnum):
@@ -126,6 +115,7 @@ def fit(
 ) -> None:
     """Train every stage on annotated images, in one command."""
     from synthaug.datasets.readers import open_pairs
+    from synthaug.evaluation.preview import write_preview
     from synthaug.training import fit as training
 
     opened = open_pairs(data)
@@ -171,19 +161,20 @@ def generate(
 ) -> None:
     """Write synthetic image-label pairs; run again after an interruption, it goes on where it stopped."""
     from synthaug.cascade import Cascade
+    from synthaug.datasets.frames import frames
+    from synthaug.datasets.stream import DEFAULT_SIZES
     from synthaug.datasets.writers import count_written, write_pairs
     from synthaug.generators.stage import write_atomic
 
     model = Cascade.from_pretrained(cascade)
-    shape = parse_size(size) if size else DEFAULT_SIZE[model.ndim]
+    shape = parse_size(size) if size else DEFAULT_SIZES[model.ndim]
+    settings: dict[str, Any] = {"num_cells": num_cells, "clustering": clustering, "background": background}
     request = {
         "cascade": model.fingerprint(),
         "size": list(shape),
         "format": format.value,
         "seed": seed,
-        "clustering": clustering,
-        "num_cells": num_cells,
-        "background": background,
+        **settings,
     }
     out.mkdir(parents=True, exist_ok=True)
     note = out / "synthaug.json"
@@ -195,7 +186,7 @@ def generate(
     done = count_written(out, format.value)
     if done:
         say(f"{done} pairs are there already")
-    stream = frames(model, shape, seed, done, num, num_cells=num_cells, clustering=clustering, background=background)
+    stream = frames(model, shape, seed, done, num, **settings)
     write_pairs(
         counted(stream, done, num),
         out,
@@ -217,10 +208,51 @@ def preview(
 ) -> None:
     """Real beside synthetic: a self-contained HTML page, a PNG, and the numbers."""
     from synthaug.cascade import Cascade
+    from synthaug.evaluation.preview import write_preview
 
     held_out = read_pairs(val) if val else None
     write_preview(Cascade.from_pretrained(cascade), read_pairs(real), held_out, out, seed, say)
     typer.echo(str(out / "sheet.html"))
+
+
+@app.command()
+def bench(
+    cascade: Annotated[str, typer.Argument(help="Embedded name, folder or hub id.")],
+    real: Annotated[Path | None, typer.Option(help="Real images with labels, mixed in; also timed alone.")] = None,
+    size: Size = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples in a batch.")] = 8,
+    ratio: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Synthetic share; default half with --real, else all.")
+    ] = None,
+    real_cells: Annotated[float, typer.Option(min=0, max=1, help="Real share of the synthetic frames' cells.")] = 0.0,
+    max_reuse: Annotated[int, typer.Option(min=1, help="Uses of a synthetic cell.")] = 16,
+    workers: Annotated[str, typer.Option(help="Worker processes, by commas.")] = "0,2",
+    step_ms: Annotated[float, typer.Option(min=0, help="Milliseconds of a training step; 0: as fast as it goes.")] = 0,
+    seconds: Annotated[float, typer.Option(min=0.01, help="How long each is timed.")] = 20.0,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
+) -> None:
+    """Would your training wait: time the stream on this machine, beside the real images alone."""
+    from synthaug.cascade import Cascade
+    from synthaug.datasets.readers import open_pairs
+    from synthaug.datasets.synth import SynthDataset
+    from synthaug.datasets.throughput import measure_throughput
+    from synthaug.generators.stage import write_atomic
+
+    counts = [whole_number("--workers", part) for part in workers.split(",")]
+    opened = open_pairs(real) if real else None
+    ratio = ratio if ratio is not None else (0.5 if opened else 1.0)
+    model = Cascade.from_pretrained(cascade)
+    shape = parse_size(size) if size else None
+    found = []
+    for share in [ratio, 0.0] if opened else [ratio]:
+        cells = real_cells if share else 0.0
+        stream = SynthDataset(model, shape, batch_size, opened, share, max_reuse=max_reuse, real_cells=cells)
+        for num in counts:
+            measured = measure_throughput(stream, num, step_ms, seconds)
+            typer.echo(f"{share:.0%} synthetic, {measured}")
+            found.append({"synthetic_ratio": share, **measured.as_dict()})
+    if out:
+        write_atomic(out, (json.dumps({"size": stream.config.size, "measured": found}, indent=2) + "\n").encode())
 
 
 @evaluation.command()
@@ -242,9 +274,11 @@ def realism(
 
     from synthaug.cascade import Cascade
     from synthaug.datasets.crops import extract_crops
+    from synthaug.datasets.frames import frames
     from synthaug.datasets.volumes import extract_slice_crops
     from synthaug.evaluation.agreement import mask_agreement
     from synthaug.evaluation.frechet import frechet_report, load_inception
+    from synthaug.evaluation.preview import common_size
     from synthaug.evaluation.realism import realism_report
     from synthaug.generators.stage import write_atomic
     from synthaug.randomness import SampleKey
@@ -438,85 +472,21 @@ def read_pairs(path: Path) -> list[Any]:
     return open_pairs(path).read_all()
 
 
-def frames(
-    model: Any,
-    size: tuple[int, ...],
-    seed: int,
-    start: int,
-    stop: int,
-    *,
-    num_cells: int | None = None,
-    clustering: float | None = None,
-    background: str = "model",
-) -> Iterator[Pair]:
-    """Pairs number `start` to `stop`; pair i depends on (cascade, settings, seed, i) alone.
-
-    Frames are made in fixed groups. The fresh cells of a group serve all of its frames, each `REUSE` times at the most.
-    """
-    from synthaug.randomness import SampleKey
-
-    for group in range(start // FRAMES_AT_ONCE, -(-stop // FRAMES_AT_ONCE)):
-        first = group * FRAMES_AT_ONCE
-        keys = [SampleKey(seed, ("frame", first + i)) for i in range(FRAMES_AT_ONCE)]
-        asked = model.num_cells(keys, size, num_cells=num_cells)
-        # At least as many fresh cells as the fullest frame needs, so that no frame shows a cell twice.
-        fresh = max(-(-sum(asked) // REUSE), *asked, 1)
-        cells = model.cells([SampleKey(seed, ("group", group, "cell", i)) for i in range(fresh)])
-        made = model.populate(cells, keys, size, num_cells=num_cells, clustering=clustering, background=background)
-        for i in range(FRAMES_AT_ONCE):
-            if start <= first + i < stop:
-                yield made.image[i, 0].numpy(), made.labels[i, 0].numpy()
-
-
-def counted(pairs: Iterator[Pair], done: int, num: int) -> Iterator[Pair]:
+def counted(pairs: Iterator[Any], done: int, num: int) -> Iterator[Any]:
     """The same pairs, with a line of progress every `PROGRESS_S` seconds."""
+    from synthaug.datasets.frames import FRAMES_AT_ONCE
+
     begun = last = time.monotonic()
     for made, pair in enumerate(pairs, start=1):
         yield pair
         now = time.monotonic()
         if now - last > PROGRESS_S:
-            left = (num - done - made) * (now - begun) / made
+            finished = -(-made // FRAMES_AT_ONCE) * FRAMES_AT_ONCE  # those made together with this one are ready, too
+            left = max(num - done - finished, 0) * (now - begun) / finished
             say(f"{done + made} of {num} pairs, about {left / 60:.1f} min left")
             last = now
 
 
-def write_preview(model: Any, real: list[Any], held_out: list[Any] | None, out: Path, seed: int, log: Any) -> None:
-    """sheet.html, sheet.png and realism.json: `real` beside as many synthetic frames, numbers against `held_out`.
-
-    Without held-out images the real ones are split in two halves for the numbers.
-    """
-    from synthaug.evaluation.realism import realism_report
-    from synthaug.evaluation.sheet import write_contact_sheet, write_sheet
-    from synthaug.generators.stage import write_atomic
-
-    out.mkdir(parents=True, exist_ok=True)
-    num = PREVIEW_FRAMES[model.ndim]
-    log(f"generating {num} synthetic frames")
-    synthetic = list(frames(model, common_size([*real, *(held_out or [])]), seed, 0, num))
-    report = None
-    train, val = (real, held_out) if held_out else (real[::2], real[1::2])
-    try:
-        report = realism_report(train, val, synthetic, voxel_size_um=model.voxel_size_um)
-    except InputError as error:  # a handful of small images: the pictures matter all the same
-        log(f"no realism numbers: {error}")
-    else:
-        write_atomic(out / "realism.json", (json.dumps(report.as_dict(), indent=2) + "\n").encode())
-        log(report.table())
-    shown = held_out or real
-    title = f"{model.config.name}: real beside synthetic"
-    voxel = model.voxel_size_um
-    write_sheet(out / "sheet.html", shown, synthetic, title=title, report=report, voxel_size_um=voxel)
-    write_contact_sheet(out / "sheet.png", shown, synthetic, voxel_size_um=voxel)
-
-
-def common_size(pairs: list[Pair]) -> tuple[int, ...]:
-    """Size that every pair has, at most 256 pixels along Y and X."""
-    smallest = [min(p[0].shape[axis] for p in pairs) for axis in range(pairs[0][0].ndim)]
-    return (*smallest[:-2], *(min(256, n) for n in smallest[-2:]))
-
-
-DEFAULT_SIZE = {2: (256, 256), 3: (32, 128, 128)}
-PREVIEW_FRAMES = {2: 40, 3: 12}
 PROGRESS_S = 5.0
 """Seconds between lines of progress."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -251,6 +252,24 @@ def test_the_stream_of_the_embedded_cascade_is_the_same_for_two_workers(cascade)
 
     for a, b in zip(batches(0), batches(2), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_cascade_is_replaced_by_a_whole_one_or_kept(cascade, tmp_path, monkeypatch):
+    cascade.save_pretrained(tmp_path / "mine", card="first")
+    cascade.save_pretrained(tmp_path / "mine", card="second")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    rename = Path.rename
+
+    def fail(self, target):
+        if self.name == ".mine.tmp":
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="no"):
+        cascade.save_pretrained(tmp_path / "mine", card="third")
+    assert (tmp_path / "mine" / "README.md").read_text() == "second"
+    assert Cascade.from_pretrained(tmp_path / "mine").fingerprint() == cascade.fingerprint()
 
 
 def test_wrong_folders_and_sizes_are_refused(cascade, cells, tmp_path):

@@ -12,6 +12,7 @@ import torch
 
 from synthaug import cli
 from synthaug.datasets.readers import open_pairs
+from synthaug.evaluation import preview
 from tests.shapes import ellipse_frame
 
 
@@ -58,8 +59,23 @@ def test_progress_is_said(monkeypatch, capsys):
     assert "7 of 8 pairs, about 0.0 min left" in capsys.readouterr().err
 
 
+def test_bench_times_the_stream_beside_the_real_images(monkeypatch, tmp_path, data, capsys):
+    common = ["bench", "nuclei-2d", "--size", "64", "--batch-size", "2", "--seconds", "0.1", "--workers", "0"]
+    report = tmp_path / "bench.json"
+    assert run(monkeypatch, *common, "--real", str(data), "--step-ms", "1", "--out", str(report)) == 0
+    mixed, plain = json.loads(report.read_text())["measured"]
+    assert (mixed["synthetic_ratio"], plain["synthetic_ratio"]) == (0.5, 0.0)
+    assert mixed["fresh_cells"] > 0 == plain["fresh_cells"]
+    assert plain["samples_per_s"] > 0 < mixed["samples_per_s"]
+    said = capsys.readouterr().out
+    assert "50% synthetic, 0 workers" in said
+    assert "at 1 ms a step" in said
+    assert run(monkeypatch, *common[:-1], "two") == 2
+    assert "--workers" in capsys.readouterr().err
+
+
 def test_preview_writes_page_picture_and_numbers(monkeypatch, tmp_path, data):
-    monkeypatch.setattr(cli, "PREVIEW_FRAMES", {2: 8})
+    monkeypatch.setattr(preview, "PREVIEW_FRAMES", {2: 8})
     assert run(monkeypatch, "preview", "nuclei-2d", "--real", str(data), "--out", str(tmp_path / "look")) == 0
     page = (tmp_path / "look" / "sheet.html").read_text()
     assert "data:image/png;base64," in page
@@ -68,7 +84,7 @@ def test_preview_writes_page_picture_and_numbers(monkeypatch, tmp_path, data):
 
 
 def test_preview_of_two_images_has_pictures_but_no_numbers(monkeypatch, tmp_path, data, capsys):
-    monkeypatch.setattr(cli, "PREVIEW_FRAMES", {2: 4})
+    monkeypatch.setattr(preview, "PREVIEW_FRAMES", {2: 4})
     for folder in ("images", "labels"):
         for path in sorted((data / folder).iterdir())[2:]:
             path.unlink()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import io
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,13 +110,7 @@ def check_stream(
 
 def next_samples(dataset: SynthDataset, n: int) -> list[SeenSample]:
     """The samples of the next batches, `n` in all, from a copy of the stream with threads and counts of its own."""
-    cascade = copy.copy(dataset.cascade)  # its weights are not copied
-    cascade.rejects = Counter(cascade.rejects)
-    shared = {id(dataset.cascade): cascade, id(dataset.real): dataset.real}
-    try:
-        twin = copy.deepcopy(dataset, dict(shared))
-    except TypeError:  # a transform that holds what cannot be copied, an open file say
-        twin = copy.deepcopy(dataset, {**shared, id(dataset.transform): dataset.transform})
+    twin = dataset.twin()
     samples: list[SeenSample] = []
     try:
         while len(samples) < n:  # again where an epoch ends

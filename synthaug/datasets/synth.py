@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -259,6 +260,18 @@ class SynthDataset(IterableDataset):
         """Count one batch of a worker as handed out; `loader()` calls it."""
         self._stats.add(stats)
         self._progress.advance()
+
+    def twin(self) -> Self:
+        """A copy at the same place in the stream, with threads and counts of its own; weights and real samples are shared."""
+        cascade = copy.copy(self.cascade)  # its weights are not copied
+        cascade.rejects = Counter(cascade.rejects)
+        shared = {id(self.cascade): cascade, id(self.real): self.real}
+        try:
+            twin = copy.deepcopy(self, dict(shared))
+        except TypeError:  # a transform that holds what cannot be copied, an open file say
+            twin = copy.deepcopy(self, {**shared, id(self.transform): self.transform})
+        twin._stats = StreamStats()
+        return twin
 
     def close(self) -> None:
         """Stop the threads; the next `iter()` starts them again."""
