@@ -345,7 +345,9 @@ def experiment(
     ratio: Annotated[
         float | None,
         typer.Option(
-            min=0, max=1, help="Share of synthetic samples in a mix; by default half, more beside under 32 patches."
+            min=0,
+            max=1,
+            help="Synthetic share of a mix; by default half, more beside under 32 patches, 1/8 beside all.",
         ),
     ] = None,
     max_reuse: Annotated[int, typer.Option(min=1, help="Uses of a synthetic cell.")] = 64,

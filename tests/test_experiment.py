@@ -96,7 +96,7 @@ def test_all_arms_of_frames(data: Path, tmp_path: Path, fits: list[dict[str, Any
 
 
 def test_the_share_of_synthetic_samples() -> None:
-    assert [ExperimentConfig().ratio_of(num) for num in (2, 8, 64)] == [0.9375, 0.875, 0.5]
+    assert [ExperimentConfig().ratio_of(num) for num in (2, 8, 64, None)] == [0.9375, 0.875, 0.5, 0.125]
     assert {ExperimentConfig(ratio=0.3).ratio_of(num) for num in (1, 4, None)} == {0.3}
 
 

@@ -15,6 +15,8 @@ from synthaug.randomness import SampleKey
 from synthaug.training import half_light as module
 from synthaug.training.half_light import (
     USUAL,
+    USUAL_SLOPE,
+    brightness_slope,
     half_contour,
     half_light,
     made_half_light,
@@ -25,14 +27,17 @@ from synthaug.training.half_light import (
 Measure = Callable[[module.Frame], NDArray[np.float64]]
 
 
-def disks(inside: float, blur: float = 1.0, noise: float = 0.0) -> module.Frame:
-    """Four disks of radius 12 whose light ends `inside` px inside their outlines, over a background of 100."""
+def disks(inside: float, blur: float = 1.0, noise: float = 0.0, slope: float = 0.0) -> module.Frame:
+    """Four disks of radius 12 whose light ends `inside` px inside their outlines, over a background of 100.
+
+    It ends `slope` px farther inside for each e-fold they are brighter than the first.
+    """
     y, x = np.mgrid[:160, :160]
     image, labels = np.full((160, 160), 100.0), np.zeros((160, 160), np.int32)
     for label, centre in enumerate([(40, 40), (40, 110), (110, 40), (115, 105)], start=1):
         distance = np.hypot(y - centre[0], x - centre[1]) - 12
         labels[distance < 0] = label
-        image += 200 * label * (0.5 - distance - inside).clip(0, 1)
+        image += 200 * label * (0.5 - distance - inside - slope * np.log(label)).clip(0, 1)
     random = SampleKey(0, ("half light",)).numpy()
     return ndimage.gaussian_filter(image, blur) + noise * random.standard_normal(image.shape), labels
 
@@ -87,6 +92,37 @@ def test_a_few_frames_are_pulled_towards_what_is_usual() -> None:
     assert np.isnan(wanted_half_light([(np.zeros((9, 9)), np.zeros((9, 9), np.int32))]))
 
 
+@pytest.mark.parametrize("slope", [-0.5, 0.0, 0.9])
+def test_how_outlines_follow_brightness_is_found_and_pulled_towards_what_is_usual(slope: float) -> None:
+    frame = disks(0.5, noise=4.0, slope=slope)
+    assert brightness_slope([frame] * 2) == pytest.approx(-slope, abs=0.25)
+    alone = (frame[0], np.where(frame[1] == 3, 1, 0).astype(np.int32))
+    assert brightness_slope([alone]) == 0, "one cell is not brighter than others"
+    assert brightness_slope([alone], weight=5.0) == pytest.approx(USUAL_SLOPE)
+    told = float(np.log([1, 2, 3, 4]).var() * 4)
+    assert brightness_slope([frame], weight=told) == pytest.approx(
+        (brightness_slope([frame]) + USUAL_SLOPE) / 2, abs=0.1
+    )
+
+
+def test_bright_cells_of_a_matched_cascade_are_outlined_as_wide_as_annotated_ones(monkeypatch) -> None:
+    monkeypatch.setattr(module, "NUM_CELLS", 8)
+    monkeypatch.setattr(module, "USUAL_SLOPE_WEIGHT", 0.0)
+    cascade = Cascade.from_pretrained("nuclei-2d")
+    frames = [disks(0.4, slope=0.9)]
+    before = brightness_slope(made(cascade))
+    assert "wider" in match_half_light(cascade, frames, (256, 256), seed=0)[-1]
+    asked = brightness_slope(frames)
+    assert abs(brightness_slope(made(cascade)) - asked) < 0.6 * abs(before - asked)
+
+
+def made(cascade: Cascade) -> list[module.Frame]:
+    """Frames of cells of many brightnesses."""
+    cells = cascade.cells([SampleKey(2, ("test", i)) for i in range(32)])
+    found = cascade.populate(cells, [SampleKey(2, ("frame", i)) for i in range(4)], (256, 256), num_cells=20)
+    return [(found.image[i, 0].numpy(), found.labels[i, 0].numpy()) for i in range(4)]
+
+
 def test_a_cascade_matches_annotated_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "NUM_CELLS", 8)
     monkeypatch.setattr(module, "USUAL_FRAMES", 0.0)
@@ -96,7 +132,7 @@ def test_a_cascade_matches_annotated_frames(monkeypatch: pytest.MonkeyPatch) -> 
     cascade.lent_masks, cascade.lent_texture = lender.masks, lender.texture
     pair = disks(1.3)
     notes = match_half_light(cascade, [pair], (256, 256), seed=0)
-    assert [("own" in line, "lent" in line) for line in notes] == [(True, False), (False, True)]
+    assert [("own" in line, "lent" in line) for line in notes] == [(True, False), (False, True), (False, False)]
     assert cascade.config.lent_share == 0.3
     asked = wanted_half_light([pair])
     for share in (0.0, 1.0):

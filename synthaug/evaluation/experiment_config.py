@@ -17,6 +17,10 @@ REAL_CELLS = 0.3
 """Share of the annotated cells in the synthetic frames of `both`. None at all taught less about cells that are alike, a half
 less about others (`benchmarks/evidence.md`)."""
 
+BESIDE_ALL = 0.125
+"""Share of synthetic samples beside all frames of a data set. Half, in place of real ones that are not used up, cost BBBC039
+.003, a quarter .002 (`benchmarks/evidence.md`)."""
+
 
 @dataclass(frozen=True)
 class ExperimentConfig:
@@ -114,16 +118,18 @@ class ExperimentConfig:
     def ratio_of(self, num: int | None) -> float:
         """Share of synthetic samples beside so many annotated patches, None for all.
 
-        Half of them, but of frames more where annotations are few: a patch that comes again in every batch teaches nothing new,
-        and its own dimness and density all the more. Up to four annotated patches make up a sixteenth of the samples, every
-        further one a 64th.
+        Half of volumes. Of frames it goes by what real ones still have to tell: a patch that comes again in every batch teaches
+        nothing new, and its own dimness and density all the more. Up to four annotated patches make up a sixteenth of the
+        samples, every further one a 64th, up to a half; all frames of a data set, hundreds of patches, make up seven eighths.
 
-        >>> [ExperimentConfig().ratio_of(num) for num in (1, 4, 16, None)]
-        [0.9375, 0.9375, 0.75, 0.5]
+        >>> [ExperimentConfig().ratio_of(num) for num in (1, 4, 16, 64, None)]
+        [0.9375, 0.9375, 0.75, 0.5, 0.125]
         """
         if self.ratio is not None:
             return self.ratio
-        return 0.5 if num is None or self.ndim == 3 else 1 - min(max(num, 4) / 64, 0.5)
+        if self.ndim == 3:
+            return 0.5
+        return BESIDE_ALL if num is None else 1 - min(max(num, 4) / 64, 0.5)
 
     def runs(self) -> list[Run]:
         """All trainings, those without a cascade first."""

@@ -37,6 +37,9 @@ CONDITION_CHANNELS = 3
 PLANES = 16
 """Planes of stacks denoised together. Always this many, so that a plane's bits never depend on its company."""
 
+SLOPE_RANGE = 1.0
+"""E-folds of brightness up to which outlines follow it."""
+
 
 @dataclass(frozen=True)
 class TextureConfig:
@@ -62,6 +65,8 @@ class TextureConfig:
         image_range: Light that maps to -1 and 1 before the VAE; values beyond are kept, not clipped.
         outline_shift: How far inside the outline the light ends, crop pixels, compared with what the networks have learned;
             negative: outside. Some annotators draw outlines wide, others tight.
+        outline_slope: What is added to it for each e-fold by which a cell is brighter than usual in its frame, up to
+            `SLOPE_RANGE`: annotators draw bright cells wide and dim ones tight.
         blur: Standard deviation of a Gaussian blur of the light, crop pixels: a few annotated cells do not teach the networks
             a microscope less sharp than the one they have learned from.
         mottle_rate: Of frames: share of the cells, in [0, 1], with clumps or holes beyond what was learned (`mottle.py`).
@@ -85,6 +90,7 @@ class TextureConfig:
     prediction_type: str = "v_prediction"
     image_range: tuple[float, float] = (-0.25, 2.25)
     outline_shift: float = 0.0
+    outline_slope: float = 0.0
     blur: float = 0.0
     mottle_rate: float = 0.0
     axial_extent: float = 1.0
@@ -347,7 +353,8 @@ class TextureDiffusion(Stage):
     def _texture(self, sdf: Tensor, brightness: Tensor, latent: Tensor, mottle: Tensor | None = None) -> Tensor:
         """Light float32 [B, S, S] of outlines [B, S, S], mean 1 inside, from noise [B, C, h, w] and of `draw_mottle`."""
         half_depth = -0.5 * sdf.flatten(1).amin(1)[:, None, None]  # however small, a cell keeps some light
-        shift = torch.minimum(half_depth.clamp_min(0), torch.full_like(half_depth, self.config.outline_shift))
+        brighter = brightness.log().clamp(-SLOPE_RANGE, SLOPE_RANGE)[:, None, None]
+        shift = torch.minimum(half_depth.clamp_min(0), self.config.outline_shift + self.config.outline_slope * brighter)
         condition = self.condition(sdf + shift, brightness)
         latent = denoise(
             self.scheduler,
