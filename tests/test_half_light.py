@@ -15,7 +15,6 @@ from synthaug.randomness import SampleKey
 from synthaug.training import half_light as module
 from synthaug.training.half_light import (
     USUAL,
-    USUAL_SLOPE,
     brightness_slope,
     half_contour,
     half_light,
@@ -93,21 +92,19 @@ def test_a_few_frames_are_pulled_towards_what_is_usual() -> None:
 
 
 @pytest.mark.parametrize("slope", [-0.5, 0.0, 0.9])
-def test_how_outlines_follow_brightness_is_found_and_pulled_towards_what_is_usual(slope: float) -> None:
+def test_how_outlines_follow_brightness_is_found_where_cells_tell_it(slope: float) -> None:
     frame = disks(0.5, noise=4.0, slope=slope)
-    assert brightness_slope([frame] * 2) == pytest.approx(-slope, abs=0.25)
+    assert brightness_slope([frame]) == pytest.approx(-slope, abs=0.25)
     alone = (frame[0], np.where(frame[1] == 3, 1, 0).astype(np.int32))
-    assert brightness_slope([alone]) == 0, "one cell is not brighter than others"
-    assert brightness_slope([alone], weight=5.0) == pytest.approx(USUAL_SLOPE)
-    told = float(np.log([1, 2, 3, 4]).var() * 4)
-    assert brightness_slope([frame], weight=told) == pytest.approx(
-        (brightness_slope([frame]) + USUAL_SLOPE) / 2, abs=0.1
-    )
+    assert np.isnan(brightness_slope([alone])), "one cell is not brighter than others"
+    spread = float(np.log([1, 2, 3, 4]).var() * 4)
+    assert np.isfinite(brightness_slope([frame], least_spread=0.8 * spread))
+    assert np.isnan(brightness_slope([frame], least_spread=1.2 * spread))
 
 
 def test_bright_cells_of_a_matched_cascade_are_outlined_as_wide_as_annotated_ones(monkeypatch) -> None:
     monkeypatch.setattr(module, "NUM_CELLS", 8)
-    monkeypatch.setattr(module, "USUAL_SLOPE_WEIGHT", 0.0)
+    monkeypatch.setattr(module, "LEAST_SPREAD", 0.0)
     cascade = Cascade.from_pretrained("nuclei-2d")
     frames = [disks(0.4, slope=0.9)]
     before = brightness_slope(made(cascade))
@@ -132,7 +129,8 @@ def test_a_cascade_matches_annotated_frames(monkeypatch: pytest.MonkeyPatch) -> 
     cascade.lent_masks, cascade.lent_texture = lender.masks, lender.texture
     pair = disks(1.3)
     notes = match_half_light(cascade, [pair], (256, 256), seed=0)
-    assert [("own" in line, "lent" in line) for line in notes] == [(True, False), (False, True), (False, False)]
+    assert cascade.texture.config.outline_slope == 0, "four cells do not tell it"
+    assert [("own" in line, "lent" in line) for line in notes] == [(True, False), (False, True)]
     assert cascade.config.lent_share == 0.3
     asked = wanted_half_light([pair])
     for share in (0.0, 1.0):
