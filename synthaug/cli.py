@@ -244,7 +244,7 @@ def bench(
     model = Cascade.from_pretrained(cascade)
     shape = parse_size(size) if size else None
     found = []
-    for share in [ratio, 0.0] if opened else [ratio]:
+    for share in dict.fromkeys([ratio, 0.0] if opened else [ratio]):
         cells = real_cells if share else 0.0
         stream = SynthDataset(model, shape, batch_size, opened, share, max_reuse=max_reuse, real_cells=cells)
         for num in counts:
