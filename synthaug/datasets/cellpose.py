@@ -20,7 +20,7 @@ from synthaug.datasets.cellpose_draws import Draws, Images, Labels, Pair
 from synthaug.datasets.cellpose_source import StreamSource
 from synthaug.datasets.loader import SynthLoader
 from synthaug.datasets.mixing import read_real
-from synthaug.datasets.synth import SynthDataset
+from synthaug.datasets.synth import SynthDataset, dataset_of
 from synthaug.errors import InputError
 from synthaug.randomness import SampleKey
 
@@ -78,9 +78,7 @@ def cellpose_data(
         ProducerError: Making cells failed.
     """
     major = import_cellpose()
-    data = stream.dataset if isinstance(stream, SynthLoader) else stream
-    if not isinstance(data, SynthDataset):
-        raise InputError("stream", expected="a SynthDataset or its loader()", got=type(stream).__name__)
+    data = dataset_of(stream)
     for name, value, least in (
         ("num_slots", num_slots, 1),
         ("min_masks", min_masks, 0),

@@ -14,7 +14,7 @@ import torch
 from synthaug.datasets.loader import SynthLoader
 from synthaug.datasets.pictures import Bytes, VoxelSize, grey, label_colours, orthogonal_views, outlines, panel
 from synthaug.datasets.seen import SeenSample, by_kind, find_faults, range_of
-from synthaug.datasets.synth import SynthDataset
+from synthaug.datasets.synth import SynthDataset, dataset_of
 from synthaug.errors import InputError
 from synthaug.generators.stage import write_atomic
 
@@ -82,9 +82,7 @@ def check_stream(
         InputError: `stream` or `n` is not what it has to be, or napari is not installed.
         ProducerError: The stream cannot make its samples.
     """
-    dataset = stream.dataset if isinstance(stream, SynthLoader) else stream
-    if not isinstance(dataset, SynthDataset):
-        raise InputError("stream", expected="a SynthDataset or its loader", got=type(stream).__name__)
+    dataset = dataset_of(stream)
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise InputError("n", expected="a whole number >= 1", got=repr(n))
     napari = _napari() if viewer else None

@@ -391,3 +391,15 @@ class SynthDataset(IterableDataset):
         if self._stream is not None and self._pid == os.getpid():
             self._stream.close()
         self._stream = None
+
+
+def dataset_of(stream: SynthDataset | SynthLoader) -> SynthDataset:
+    """The stream itself, of it or its loader.
+
+    Raises:
+        InputError: It is neither.
+    """
+    dataset = stream.dataset if isinstance(stream, SynthLoader) else stream
+    if not isinstance(dataset, SynthDataset):
+        raise InputError("stream", expected="a SynthDataset or its loader()", got=type(stream).__name__)
+    return dataset

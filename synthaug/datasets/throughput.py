@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from synthaug.datasets.loader import SynthLoader
-from synthaug.datasets.synth import SynthDataset
+from synthaug.datasets.synth import SynthDataset, dataset_of
 from synthaug.errors import InputError
 
 
@@ -92,9 +92,7 @@ def measure_throughput(
     >>> measure_throughput(stream, step_ms=1, seconds=0.1).samples_per_s > 0
     True
     """
-    dataset = stream.dataset if isinstance(stream, SynthLoader) else stream
-    if not isinstance(dataset, SynthDataset):
-        raise InputError("stream", expected="a SynthDataset or its loader", got=type(stream).__name__)
+    dataset = dataset_of(stream)
     for name, value, least in (("step_ms", step_ms, 0), ("seconds", seconds, 0.01)):
         if not isinstance(value, int | float) or not least <= value < math.inf:
             raise InputError(name, expected=f"a number >= {least}", got=repr(value))

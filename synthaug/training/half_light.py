@@ -101,9 +101,13 @@ def brightness_slope(frames: Sequence[Frame], least_spread: float = 0.0) -> floa
         frames: Images and labels.
         least_spread: Sum of squared e-folds below which the answer is NaN.
     """
+    return _slope([_contours(frame) for frame in spaced(frames, MOST_FRAMES)], least_spread)
+
+
+def _slope(found: Sequence[NDArray[np.float64]], least_spread: float) -> float:
+    """`brightness_slope` of what `_contours` found in each frame."""
     products, squares = 0.0, 0.0
-    for frame in spaced(frames, MOST_FRAMES):
-        told = _contours(frame)
+    for told in found:
         if len(told) > 1:
             distance, brightness = (told - told.mean(0)).T
             products += float(distance @ brightness)
@@ -154,7 +158,12 @@ def _cells_of(
 
 def wanted_half_light(frames: Sequence[Frame], ndim: int = 2) -> float:
     """Median over the cells of annotated frames, or planes (`ndim` 3), pulled to `USUAL` where these are few; NaN without."""
-    found = [distances for frame in spaced(frames, MOST_FRAMES) if len(distances := MEASURES[ndim](frame))]
+    return _wanted([MEASURES[ndim](frame) for frame in spaced(frames, MOST_FRAMES)], ndim)
+
+
+def _wanted(found: Sequence[NDArray[np.float64]], ndim: int) -> float:
+    """`wanted_half_light` of what was found in each frame, or plane."""
+    found = [distances for distances in found if len(distances)]
     if not found:
         return np.nan
     own = float(np.median(np.concatenate(found)))
@@ -182,10 +191,15 @@ def match_half_light(
     Raises:
         SynthAugError: The cascade makes no cells.
     """
-    wanted, plain, notes = wanted_half_light(annotated, len(size)), cascade.config, []
+    plain, notes, slope = cascade.config, [], np.nan
+    if len(size) == 2:
+        told = [_contours(frame) for frame in spaced(annotated, MOST_FRAMES)]
+        wanted = _wanted([contours[:, 0] for contours in told], 2)
+        slope = _slope(told, LEAST_SPREAD) if cells is None else np.nan
+    else:
+        wanted = wanted_half_light(annotated, len(size))
     if not np.isfinite(wanted):
         return []
-    slope = brightness_slope(annotated, LEAST_SPREAD) if len(size) == 2 and cells is None else np.nan
     for name, texture, share in (("own", cascade.texture, 0.0), ("lent", cascade.lent_texture, 1.0)):
         if texture is None:
             continue
@@ -193,11 +207,8 @@ def match_half_light(
         try:
             some = _cells(cascade, seed) if cells is None else cells
             scale = float(some.scale.median())
-            steeper = brightness_slope(made_frames(cascade, some, size, seed)) - slope if np.isfinite(slope) else np.nan
-            if np.isfinite(steeper):
-                steeper = texture.config.outline_slope + steeper / GAIN[len(size)] / scale
-                texture.config = replace(texture.config, outline_slope=float(np.clip(steeper, -FARTHEST, FARTHEST)))
-                some = _cells(cascade, seed)
+            if np.isfinite(slope):
+                some = _follow(cascade, texture, some, slope, size, seed)
             before = made_half_light(cascade, some, size, seed)
             if not np.isfinite(before):
                 continue
@@ -216,6 +227,18 @@ def match_half_light(
     if np.isfinite(slope) and notes:
         notes.append(f"outlines of cells an e-fold brighter than others of a frame are {-slope:.2f} px wider")
     return notes
+
+
+def _follow(
+    cascade: Cascade, texture: TextureDiffusion, cells: Cells, slope: float, size: Sequence[int], seed: int
+) -> Cells:
+    """Set `outline_slope`, unless frames of these cells do not tell theirs; the same cells with it."""
+    steeper = brightness_slope(made_frames(cascade, cells, size, seed)) - slope
+    if not np.isfinite(steeper):
+        return cells
+    steeper = texture.config.outline_slope + steeper / GAIN[len(size)] / float(cells.scale.median())
+    texture.config = replace(texture.config, outline_slope=float(np.clip(steeper, -FARTHEST, FARTHEST)))
+    return _cells(cascade, seed)
 
 
 def _try(
