@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from synthaug.errors import InputError
@@ -19,6 +21,9 @@ T = TypeVar("T", bound="Batch")
 
 UNLABELLED = -1
 """Value of all pixels of a plane nobody annotated, in the labels of a real volume (int32 [Z, Y, X])."""
+
+Pair = tuple[NDArray[np.float32], NDArray[np.int32]]
+"""Image in camera counts and labels, [(Z,) Y, X] both; 0 = background, `UNLABELLED` = not annotated."""
 
 
 def _check(owner: str, name: str, value: Any, ndim: int, dtype: torch.dtype) -> None:

@@ -8,9 +8,8 @@ import numpy as np
 from scipy import ndimage
 
 from synthaug.evaluation.copies import cell_planes, near_copies
-from synthaug.evaluation.tiles import Pair
 from synthaug.randomness import SampleKey
-from synthaug.types import UNLABELLED
+from synthaug.types import UNLABELLED, Pair
 
 
 def volume(key: SampleKey, shape: tuple[int, int, int] = (24, 80, 80), num_cells: int = 14) -> Pair:

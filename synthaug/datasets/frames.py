@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from synthaug.randomness import SampleKey
+from synthaug.types import Pair
 
 if TYPE_CHECKING:
     from synthaug.cascade import Cascade
@@ -19,9 +17,6 @@ FRAMES_AT_ONCE = 4
 
 REUSE = 4
 """How often a cell is used (turned, flipped and rescaled in brightness every time)."""
-
-Pair = tuple[NDArray[np.float32], NDArray[np.int32]]
-"""Image and labels, [Y, X] or [Z, Y, X] both."""
 
 
 def frames(

@@ -9,17 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from synthaug.datasets.mixing import relabel
 from synthaug.datasets.volumes import thin_annotations
 from synthaug.errors import DataError, InputError
 from synthaug.generators.camera import expose
 from synthaug.randomness import SampleKey, normal
-from synthaug.types import UNLABELLED
-
-Pair = tuple[NDArray[np.float32], NDArray[np.int32]]
-"""Image in camera counts and labels, [Y, X] or [Z, Y, X] both."""
+from synthaug.types import UNLABELLED, Pair
 
 MIN_CELLS = 3
 """Cells that a patch or plane holds at least: nobody annotates an empty one while there are others."""

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from synthaug.evaluation.tiles import Floats, Pair, cut_by_border
+from synthaug.evaluation.tiles import Floats, cut_by_border
 from synthaug.randomness import SampleKey
+from synthaug.types import Pair
 
 _NUM_RADII, _NUM_ANGLES, _REACH, _TEXTURE_WEIGHT, _NUM_CANDIDATES = 12, 64, 1.6, 2.0, 64
 

@@ -23,8 +23,7 @@ from synthaug.evaluation.segmenter import TrainingReport, TrainTransform, predic
 from synthaug.generators.stage import write_atomic
 from synthaug.hub import PRETRAINED
 from synthaug.randomness import SampleKey
-
-Pair = tuple[NDArray[np.float32], NDArray[np.int32]]
+from synthaug.types import Pair
 
 DEMO_IMAGES = PRETRAINED / "demo_images"
 """Folder of `train` and `val`, each with images and labels; its README says where they come from."""

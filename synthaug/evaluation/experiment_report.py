@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from synthaug.evaluation.annotations import Pair
 from synthaug.evaluation.demo import draw_predictions
 from synthaug.evaluation.metrics import seg
 from synthaug.generators.stage import write_atomic
+from synthaug.types import Pair
 
 Result = dict[str, Any]
 

@@ -19,7 +19,7 @@ from synthaug.cascade import Cascade
 from synthaug.datasets.readers import open_pairs
 from synthaug.datasets.synth import SynthDataset
 from synthaug.errors import InputError
-from synthaug.evaluation.annotations import Pair, choose_patches, choose_planes, dense_of, dimmed, planes_of
+from synthaug.evaluation.annotations import choose_patches, choose_planes, dense_of, dimmed, planes_of
 from synthaug.evaluation.augment import AugmentConfig, training_batch
 from synthaug.evaluation.experiment_config import NEED_CASCADE, ExperimentConfig, Run
 from synthaug.evaluation.instances import volume_instances, without_small
@@ -29,7 +29,7 @@ from synthaug.evaluation.segmenter import TrainingReport, build_segmenter, predi
 from synthaug.generators.stage import save_tensors, write_atomic
 from synthaug.randomness import SampleKey
 from synthaug.training import fit as training
-from synthaug.types import UNLABELLED
+from synthaug.types import UNLABELLED, Pair
 
 CUDA_BLOCK = {2: 64, 3: 16}
 """Cells made together on a GPU."""

@@ -18,10 +18,7 @@ from synthaug.errors import InputError
 from synthaug.evaluation.metrics import SegmentationScores, segmentation_scores
 from synthaug.evaluation.segmenter import TrainingReport, normalise, train_segmenter
 from synthaug.evaluation.targets import frame_targets, loss_weights, volume_targets
-from synthaug.types import UNLABELLED
-
-Pair = tuple[NDArray[np.float32], NDArray[np.int32]]
-"""image float32 [(Z,) Y, X] in camera counts and labels int32 of its shape, 0 = background, `UNLABELLED` = not annotated."""
+from synthaug.types import UNLABELLED, Pair
 
 
 class WithTargets:

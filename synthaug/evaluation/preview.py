@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from synthaug.datasets.frames import Pair, frames
+from synthaug.datasets.frames import frames
 from synthaug.errors import InputError
 from synthaug.evaluation.realism import realism_report
 from synthaug.evaluation.sheet import write_contact_sheet, write_sheet
 from synthaug.generators.stage import write_atomic
+from synthaug.types import Pair
 
 if TYPE_CHECKING:
     from synthaug.cascade import Cascade

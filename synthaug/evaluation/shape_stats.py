@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synthaug.errors import InputError
-from synthaug.evaluation.tiles import Floats, Pair, VoxelSize, check_sets, cut_by_border, is_sparse
+from synthaug.evaluation.tiles import Floats, VoxelSize, check_sets, cut_by_border, is_sparse
 from synthaug.generators.frame_fit import cell_contrasts
-from synthaug.types import Cells
+from synthaug.types import Cells, Pair
 
 SPECK = 50
 """Objects of fewer voxels are annotation specks, and left out."""

@@ -11,10 +11,8 @@ from numpy.typing import NDArray
 from synthaug.datasets.pictures import VoxelSize, aspect, stretch_rows
 from synthaug.errors import InputError
 from synthaug.randomness import SampleKey
-from synthaug.types import UNLABELLED
+from synthaug.types import UNLABELLED, Pair
 
-Pair = tuple[NDArray[np.float32], NDArray[np.int32]]
-"""image float32 [(Z,) Y, X] in camera counts, labels int32 of its shape; 0 = background, UNLABELLED = not annotated."""
 Floats = NDArray[np.float64]
 
 TILE, TEXTURE_TILE, MIN_TILE = 256, 128, 64

@@ -46,8 +46,9 @@ from synthaug.training.borrowing import (
     press_cells,
 )
 from synthaug.training.loop import LoopResult
-from synthaug.training.material import Frames, Pair, Volumes
+from synthaug.training.material import Frames, Volumes
 from synthaug.training.multiview import fit_multiview
+from synthaug.types import Pair
 
 S = TypeVar("S", bound=Stage)
 

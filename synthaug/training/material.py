@@ -33,10 +33,7 @@ from synthaug.training.background_fit import fit_background
 from synthaug.training.correlation import extract_patches, fit_rho
 from synthaug.training.half_light import match_half_light
 from synthaug.training.population_fit import fit_population
-from synthaug.types import UNLABELLED
-
-Pair = tuple[NDArray[np.float32], NDArray[np.int32]]
-"""Image in camera counts and labels, [Y, X] or [Z, Y, X] both."""
+from synthaug.types import UNLABELLED, Pair
 
 SAME_SIZE, LEAST_SCALE = 0.75, 0.25
 """Ratio of sizes of cells from which they are drawn as they are, and the strongest enlargement."""
