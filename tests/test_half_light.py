@@ -102,11 +102,11 @@ def test_how_outlines_follow_brightness_is_found_where_cells_tell_it(slope: floa
     assert np.isnan(brightness_slope([frame], least_spread=1.2 * spread))
 
 
-def test_bright_cells_of_a_matched_cascade_are_outlined_as_wide_as_annotated_ones(monkeypatch) -> None:
-    monkeypatch.setattr(module, "NUM_CELLS", 8)
+def test_bright_cells_of_a_matched_cascade_are_outlined_as_tight_as_annotated_ones(monkeypatch) -> None:
+    monkeypatch.setattr(module, "NUM_CELLS", 16)
     monkeypatch.setattr(module, "LEAST_SPREAD", 0.0)
     cascade = Cascade.from_pretrained("nuclei-2d")
-    frames = [disks(0.4, slope=0.9)]
+    frames = [disks(0.4, slope=-0.9)]
     before = brightness_slope(made(cascade))
     assert "wider" in match_half_light(cascade, frames, (256, 256), seed=0)[-1]
     asked = brightness_slope(frames)
