@@ -44,7 +44,7 @@ MAX_ATTEMPTS = 12
 """How often a rejected cell is redrawn. At 5 % rejects, the chance to run out is 1 in 10^15."""
 
 REACHED = 0.8
-"""Share of the cells asked for below which a population warns; a crowded frame may always miss one."""
+"""Share of the cells asked for below which a population warns; one, unless it was the only one, may always be missing."""
 
 NumCells = int | tuple[int, int] | None
 
@@ -384,7 +384,7 @@ class Cascade(nn.Module):
         cells = cells.to(self.background.device)  # those of a frame without any are made where the networks are
         scenes = self.population(cells, picks, noise, shape, clustering=clustering)
         asked_for, placed = int(scenes.num_requested.sum()), int(scenes.num_placed.sum())
-        if placed < REACHED * asked_for:
+        if placed < REACHED * (asked_for - 1) or placed == 0 < asked_for:
             units = len(keys) * math.prod(shape) / 10 ** (2 * self.ndim)
             unit = "100 x 100 px" if self.ndim == 2 else "100 x 100 x 100 voxels"
             warnings.warn(

@@ -145,6 +145,15 @@ def test_a_density_out_of_reach_is_said_with_the_one_reached(cascade, cells):
     assert violations(crowded, cascade.config.min_area) == []
 
 
+def test_a_single_missing_cell_of_a_few_is_no_reason_to_warn(cascade, cells, recwarn):
+    missing = []
+    for seed in range(12):
+        recwarn.clear()
+        missing.append(3 - int(cascade.populate(cells, keys(1, seed), (20, 20), num_cells=3).num_placed))
+        assert any("found a free place" in str(w.message) for w in recwarn) == (missing[-1] > 1)
+    assert {1, 2} <= set(missing)
+
+
 def test_a_real_background_can_be_asked_for(cascade, cells):
     model = cascade.populate(cells, keys(2), (96, 96))
     real = cascade.populate(cells, keys(2), (96, 96), background="real")
