@@ -57,6 +57,19 @@ def _find_runs(mask: Any, runs: Any) -> int:
     return n
 
 
+@_jit("int64(int64[::1], int64, int64)")
+def _join(part: Any, a: int, b: int) -> int:
+    """Make one of the parts that two runs belong to; how many parts fewer there are."""
+    while part[a] != a:
+        a = part[a]
+    while part[b] != b:
+        b = part[b]
+    if a == b:
+        return 0
+    part[max(a, b)] = min(a, b)
+    return 1
+
+
 @_jit("int64(int32[:,::1], int64, int64[::1])")
 def _join_runs(runs: Any, n: int, part: Any) -> int:
     """Name the 4-connected part of each run by the index of the part's first run; the number of parts."""
@@ -70,30 +83,31 @@ def _join_runs(runs: Any, n: int, part: Any) -> int:
                 before = row
         for above in range(before, row):
             if runs[above, 1] < runs[k, 2] and runs[k, 1] < runs[above, 2]:
-                a, b = above, k
-                while part[a] != a:
-                    a = part[a]
-                while part[b] != b:
-                    b = part[b]
-                if a != b:
-                    part[max(a, b)] = min(a, b)
-                    parts -= 1
+                parts -= _join(part, above, k)
     for k in range(n):
         part[k] = part[part[k]]
     return parts
 
 
-@_jit("int64(int32[:,::1], int64, int64[::1], int64[::1])")
-def _keep_largest(runs: Any, n: int, part: Any, areas: Any) -> int:
-    """Drop all runs but those of the largest part (the first of equals); the number left."""
-    if _join_runs(runs, n, part) < 2:
-        return n
-    areas[:n] = 0
+@_jit("int64(int32[:,::1], int64)")
+def _size(runs: Any, n: int) -> int:
+    """Pixels, or voxels, of runs (..., start, end)."""
+    size, end = 0, runs.shape[1] - 1
     for k in range(n):
-        areas[part[k]] += runs[k, 2] - runs[k, 1]
+        size += runs[k, end] - runs[k, end - 1]
+    return size
+
+
+@_jit("int64(int32[:,::1], int64, int64[::1], int64[::1])")
+def _keep_largest(runs: Any, n: int, part: Any, sizes: Any) -> int:
+    """Drop all runs (..., start, end) but those of the largest part (the first of equals); the number left."""
+    end = runs.shape[1] - 1
+    sizes[:n] = 0
+    for k in range(n):
+        sizes[part[k]] += runs[k, end] - runs[k, end - 1]
     best = 0
     for k in range(n):
-        if areas[k] > areas[best]:
+        if sizes[k] > sizes[best]:
             best = k
     kept = 0
     for k in range(n):
@@ -169,14 +183,6 @@ def _cut_runs(runs: Any, n: int, top: int, left: int, taken: Any, cut: Any) -> i
     return kept
 
 
-@_jit("int64(int32[:,::1], int64)")
-def _area(runs: Any, n: int) -> int:
-    area = 0
-    for k in range(n):
-        area += runs[k, 2] - runs[k, 1]
-    return area
-
-
 @_jit(
     "void(uint8[:,:,::1], int64[::1], float32[:,:,::1], float32[:,:,::1], int64[:,::1], int64[:,::1], uint8[::1],"
     " int32[:,:,::1], int64, int32[:,:,::1], int64[:,::1])"
@@ -219,14 +225,16 @@ def _place(
                         boxes[k, 2], boxes[k, 3] = max(boxes[k, 2], y), max(boxes[k, 3], x)
         num_boxes, num_placed = num_old, 0
         for i in range(first, first + counts[b]):
-            n = _keep_largest(runs, _find_runs(masks[i], runs), part, areas)
+            n = _find_runs(masks[i], runs)
+            if _join_runs(runs, n, part) > 1:
+                n = _keep_largest(runs, n, part, areas)
             if n == 0:
                 continue
             row, column, w = runs[0, 0], size, 0
             for k in range(n):
                 column, w = min(column, runs[k, 1]), max(w, runs[k, 2])
             h, w = runs[n - 1, 0] - row + 1, w - column
-            least = np.float64(_area(runs, n)) * LEAST_LEFT
+            least = np.float64(_size(runs, n)) * LEAST_LEFT
             for attempt in range(2 * tries):
                 kept = 0
                 t = attempt % tries
@@ -260,7 +268,7 @@ def _place(
                         near_left = math.floor(start_x + (distance + gaps[i, t]) * dx + 0.5) - column
                         kept = _cut_runs(runs, n, near_top, near_left, taken, cut)
                         if (
-                            np.float64(_area(cut, kept)) >= least
+                            np.float64(_size(cut, kept)) >= least
                             and _join_runs(cut, kept, part) == 1
                             and _is_whole(cut, kept, near_top, near_left, height, width, min_area, clipped, part)
                         ):

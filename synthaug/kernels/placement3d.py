@@ -22,8 +22,8 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
-from synthaug.kernels.placement import LEAST_LEFT, _fits, _jit, _largest_part
-from synthaug.kernels.runs3d import cut_runs, find_runs, is_clear, is_free, is_whole, join_runs, keep_largest, volume_of
+from synthaug.kernels.placement import LEAST_LEFT, _fits, _jit, _keep_largest, _largest_part, _size
+from synthaug.kernels.runs3d import cut_runs, find_runs, is_clear, is_free, is_whole, join_runs
 
 
 @_jit("boolean(float64, float64, float64, float64[:,::1], float64[::1], float64)")
@@ -95,7 +95,8 @@ def _place(
         num_boxes, num_placed = num_old, 0
         for i in range(first, first + counts[b]):
             n = find_runs(masks[i], words[i], runs)
-            n = keep_largest(runs, n, masks.shape[2], in_row, part, volumes)
+            if join_runs(runs, n, masks.shape[2], in_row, part) > 1:
+                n = _keep_largest(runs, n, part, volumes)
             if n == 0:
                 continue
             plane, row, column, h, w = runs[0, 0], masks.shape[2], side, 0, 0
@@ -103,7 +104,7 @@ def _place(
                 row, h = min(row, runs[k, 1]), max(h, runs[k, 1] + 1)
                 column, w = min(column, runs[k, 2]), max(w, runs[k, 3])
             d, h, w = runs[n - 1, 0] - plane + 1, h - row, w - column
-            least = np.float64(volume_of(runs, n)) * LEAST_LEFT
+            least = np.float64(_size(runs, n)) * LEAST_LEFT
             for attempt in range(2 * tries):
                 whole = 0
                 t = attempt % tries
@@ -153,7 +154,7 @@ def _place(
                         near_left = math.floor(start_x + near * dx + 0.5) - column
                         whole = cut_runs(runs, n, near_front, near_top, near_left, width, taken, cut)
                         if (
-                            np.float64(volume_of(cut, whole)) >= least
+                            np.float64(_size(cut, whole)) >= least
                             and join_runs(cut, whole, masks.shape[2], in_row, part) == 1
                             and is_whole(
                                 cut,

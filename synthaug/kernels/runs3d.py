@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from synthaug.kernels.placement import _jit
+from synthaug.kernels.placement import _jit, _join
 
 
 @_jit("int64(uint8[:,:,::1], uint64[:,:,::1], int32[:,::1])")
@@ -85,37 +85,10 @@ def join_runs(runs: Any, n: int, height: int, first: Any, part: Any) -> int:
                 continue
             for j in range(first[other], first[other + 1]):
                 if runs[j, 2] < runs[k, 3] and runs[k, 2] < runs[j, 3]:
-                    a, b = j, k
-                    while part[a] != a:
-                        a = part[a]
-                    while part[b] != b:
-                        b = part[b]
-                    if a != b:
-                        part[max(a, b)] = min(a, b)
-                        parts -= 1
+                    parts -= _join(part, j, k)
     for k in range(n):
         part[k] = part[part[k]]
     return parts
-
-
-@_jit("int64(int32[:,::1], int64, int64, int64[::1], int64[::1], int64[::1])")
-def keep_largest(runs: Any, n: int, height: int, first: Any, part: Any, volumes: Any) -> int:
-    """Drop all runs but those of the largest part (the first of equals); the number left."""
-    if join_runs(runs, n, height, first, part) < 2:
-        return n
-    volumes[:n] = 0
-    for k in range(n):
-        volumes[part[k]] += runs[k, 3] - runs[k, 2]
-    best = 0
-    for k in range(n):
-        if volumes[k] > volumes[best]:
-            best = k
-    kept = 0
-    for k in range(n):
-        if part[k] == best:
-            runs[kept] = runs[k]
-            kept += 1
-    return kept
 
 
 @_jit("boolean(int32[:,::1], int64, int64, int64, int64, int64, uint64[:,:,::1])")
@@ -123,9 +96,8 @@ def is_free(runs: Any, n: int, front: int, top: int, left: int, width: int, take
     """No voxel of the shifted runs that lies on the canvas is taken (one bit a voxel)."""
     full = np.uint64(0xFFFFFFFFFFFFFFFF)
     for i in range(n):
-        k = (
-            i + n // 2 if i < n - n // 2 else i - (n - n // 2)
-        )  # cells meet at their middles more often than at their ends
+        # Cells meet at their middles more often than at their ends
+        k = i + n // 2 if i < n - n // 2 else i - (n - n // 2)
         z, y = runs[k, 0] + front, runs[k, 1] + top
         start, end = max(runs[k, 2] + left, 0), min(runs[k, 3] + left, width) - 1
         if 0 <= z < taken.shape[0] and 0 <= y < taken.shape[1] and start <= end:
@@ -220,11 +192,3 @@ def cut_runs(runs: Any, n: int, front: int, top: int, left: int, width: int, tak
             cut[kept, 0], cut[kept, 1], cut[kept, 2], cut[kept, 3] = runs[k, 0], runs[k, 1], start, runs[k, 3]
             kept += 1
     return kept
-
-
-@_jit("int64(int32[:,::1], int64)")
-def volume_of(runs: Any, n: int) -> int:
-    volume = 0
-    for k in range(n):
-        volume += runs[k, 3] - runs[k, 2]
-    return volume
