@@ -12,6 +12,7 @@ import doctest
 import importlib
 import os
 import re
+import runpy
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,6 +152,13 @@ def test_every_link_leads_somewhere(page: str) -> None:
     targets = sorted(links((ROOT / page).read_text(encoding="utf-8")))
     assert targets, f"{page} links to no picture or file"
     assert [target for target in targets if not (folder / target).exists() or is_ignored(folder / target)] == []
+
+
+def test_the_evidence_is_what_was_measured() -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "does_it_help.py"))
+    tables = script["tables"]()
+    assert len(tables) == 4
+    assert [table for table in tables if table not in TEXT] == [], "run benchmarks/does_it_help.py and paste its tables"
 
 
 def test_every_make_command_exists() -> None:
