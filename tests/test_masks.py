@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from synthaug.errors import InputError
+from synthaug.generators.distance import signed_distance
 from synthaug.generators.masks import (
     ATTRIBUTES,
     MaskConfig,
@@ -16,7 +17,6 @@ from synthaug.generators.masks import (
     blur,
     measure_attributes,
     principal_angle,
-    signed_distance,
     why_rejected,
 )
 from synthaug.randomness import SampleKey
@@ -59,17 +59,6 @@ def test_long_axis_is_laid_along_x():
     for m in turned:
         yy, xx = torch.where(m)
         assert float(xx.float().std()) > 1.6 * float(yy.float().std())
-
-
-def test_signed_distance_is_negative_inside_and_metric():
-    sdf = signed_distance(ellipse(a=20, b=20))
-    assert sdf[32, 32 + 10] == pytest.approx(-10, abs=1)
-    assert sdf[32, 32 + 26] == pytest.approx(6, abs=1)
-
-
-def test_signed_distance_keeps_the_area():
-    for mask in (ellipse(a=20, b=9), ellipse(a=4, b=3), np.pad(np.ones((3, 3), bool), 10)):
-        assert (signed_distance(mask) < 0).sum() == mask.sum()
 
 
 @pytest.mark.parametrize(

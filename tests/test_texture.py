@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from synthaug.generators.masks import signed_distance
+from synthaug.generators.distance import signed_distance
 from synthaug.generators.texture import (
     PLANES,
     TextureConfig,

@@ -21,8 +21,8 @@ from skimage import measure
 from torch import Tensor
 
 from synthaug.errors import DataError
+from synthaug.generators.distance import signed_distance
 from synthaug.generators.frame_fit import cell_contrasts
-from synthaug.generators.masks import signed_distance
 from synthaug.generators.texture import HALO, fade
 
 MIN_RELATIVE_CONTRAST = 0.05

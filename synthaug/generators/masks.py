@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from synthaug.errors import InputError
 from synthaug.generators.diffusion import build_scheduler, denoise
+from synthaug.generators.distance import signed_distance
 from synthaug.generators.stage import Noise, Stage
 from synthaug.randomness import SampleKey, normal, uniform
 from synthaug.types import CellMasks
@@ -299,21 +300,6 @@ def why_rejected(mask: NDArray[np.bool_], touches_edge: bool) -> str | None:
     if ndimage.label(~mask, structure=np.ones((3, 3)))[1] > 1:
         return "with a hole"
     return None
-
-
-def signed_distance(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Signed distance to the outline of `mask` [Y, X], negative inside, without the staircase of its pixels.
-
-    Smoothed over 1.2 px and shifted so that the area stays: turned by any angle and cut at 0, outlines of real nuclei keep
-    their solidity within 0.003; without smoothing they come out ragged (see benchmarks/README.md).
-    """
-    outside = ndimage.distance_transform_edt(~mask)
-    inside = ndimage.distance_transform_edt(mask)
-    distance = ndimage.gaussian_filter(np.where(mask, 0.5 - inside, outside - 0.5), 1.2)
-    area = int(mask.sum())
-    if 0 < area < mask.size:
-        distance -= np.partition(distance, [area - 1, area], axis=None)[area - 1 : area + 1].mean()
-    return distance.astype(np.float32)
 
 
 def principal_angle(mask: Tensor) -> Tensor:

@@ -19,13 +19,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
 from synthaug.errors import InputError
 from synthaug.generators.cameras import VIEW_RADIUS
+from synthaug.generators.distance import signed_distance
 from synthaug.randomness import SampleKey, normal, uniform
 from synthaug.types import Batch, Cameras
 
@@ -364,9 +364,7 @@ def _from_occupancy(volume: Tensor) -> Tensor:
 
 
 def view_distance(silhouette: Tensor, truncation: float = math.inf, pool: int = 1) -> Tensor:
-    """Signed distance to the outline of binary images, without the staircase of their pixels.
-
-    Smoothed over 1.2 px and shifted so that the area stays, as the outlines of annotated cells are.
+    """Signed distance to the outline of binary images, as `signed_distance` has it of annotated cells.
 
     Args:
         silhouette: bool [..., H, W].
@@ -379,16 +377,6 @@ def view_distance(silhouette: Tensor, truncation: float = math.inf, pool: int = 
     flat = silhouette.reshape(math.prod(silhouette.shape[:-2]), *silhouette.shape[-2:])
     out = torch.empty(flat.shape)
     for i, image in enumerate(flat.cpu().numpy()):
-        out[i] = torch.from_numpy(_plane_distance(image))
+        out[i] = torch.from_numpy(signed_distance(image))
     out = functional.avg_pool2d(out[:, None], pool)[:, 0] / pool
     return out.clamp(-truncation, truncation).reshape(*silhouette.shape[:-2], *out.shape[1:])
-
-
-def _plane_distance(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
-    outside = ndimage.distance_transform_edt(~mask)
-    inside = ndimage.distance_transform_edt(mask)
-    distance = ndimage.gaussian_filter(np.where(mask, 0.5 - inside, outside - 0.5), 1.2)
-    area = int(mask.sum())
-    if 0 < area < mask.size:
-        distance -= np.partition(distance, [area - 1, area], axis=None)[area - 1 : area + 1].mean()
-    return distance.astype(np.float32)

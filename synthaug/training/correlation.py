@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from synthaug.errors import InputError
+from synthaug.generators.distance import signed_distance
 from synthaug.generators.frame_fit import cell_contrasts, spaced
-from synthaug.generators.masks import signed_distance
 from synthaug.generators.texture import TextureDiffusion, slice_correlation
 from synthaug.randomness import SampleKey
 from synthaug.types import UNLABELLED, Slices
