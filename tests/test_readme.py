@@ -22,6 +22,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import tifffile
+from skimage.io import imread
 
 from synthaug.randomness import SampleKey
 
@@ -154,11 +155,15 @@ def test_every_link_leads_somewhere(page: str) -> None:
     assert [target for target in targets if not (folder / target).exists() or is_ignored(folder / target)] == []
 
 
-def test_the_evidence_is_what_was_measured() -> None:
+def test_the_evidence_is_what_was_measured(tmp_path: Path) -> None:
     script = runpy.run_path(str(ROOT / "benchmarks" / "does_it_help.py"))
     tables = script["tables"]()
     assert len(tables) == 4
     assert [table for table in tables if table not in TEXT] == [], "run benchmarks/does_it_help.py and paste its tables"
+    script["plot"](tmp_path / "curves.png")
+    curves = imread(tmp_path / "curves.png")[..., :3]
+    for arm, colour in {"real": (107, 114, 128), "copy-paste": (217, 119, 6), "both": (29, 78, 216)}.items():
+        assert (curves == colour).all(-1).sum() > 500, f"{arm} is not drawn"
 
 
 def test_every_make_command_exists() -> None:
