@@ -11,6 +11,12 @@ import argparse
 import json
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from synthaug.evaluation.experiment_report import draw_scores, summary
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -45,38 +51,38 @@ PAIRS = {
 }
 """What is compared seed by seed."""
 
-Scores = dict[int, tuple[float, float | None]]
-"""SEG and AP@0.5 (None where it was not kept) by seed."""
+PLOTTED = {
+    "real": "real images alone",
+    "real+copy-paste": "real+copy-paste",
+    "both": "real and synthetic (synthaug)",
+}
+"""Arms in the picture, and their words."""
 
 
-def scores_of(names: tuple[str, ...]) -> dict[tuple[str, str], Scores]:
-    """Scores of every arm and budget."""
-    out: dict[tuple[str, str], Scores] = {}
+def runs_of(names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """All trainings of a condition."""
+    out: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for name in names:
-        cells: dict[tuple[str, str], Scores] = {}
+        cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for run in json.loads((RESULTS / f"experiment_{name}.json").read_text())["runs"]:
-            cells.setdefault((run["arm"], run["budget"]), {})[run["seed"]] = (run["seg"], run.get("ap50"))
-        out |= {cell: scores for cell, scores in cells.items() if len(scores) >= 3}
-    return out
+            cells.setdefault((run["arm"], run["budget"]), []).append(run)
+        out |= {cell: runs for cell, runs in cells.items() if len(runs) >= 3}
+    return [run for runs in out.values() for run in runs]
 
 
 def results_table(conditions: dict[str, tuple[str, ...]], arms: tuple[str, ...], budgets: dict[str, str]) -> str:
     """Mean and standard deviation of SEG over the seeds, AP@0.5 in brackets; the best of a budget's arms in bold."""
     lines = [_row("", "trained on", *budgets.values()), "|---" * (2 + len(budgets)) + "|"]
     for title, names in conditions.items():
-        scores = scores_of(names)
-        means = {cell: mean(seg for seg, _ in values.values()) for cell, values in scores.items()}
+        runs = runs_of(names)
+        means = {cell: value for cell, (value, _, _) in summary(runs).items() if cell[0] in arms}
         for arm in arms:
             texts = []
             for budget in budgets:
-                values = scores.get((arm, budget))
-                if values is None:
-                    texts.append("")
-                    continue
-                rivals = [means[a, b] for a, b in means if b == budget and a in arms and a != REFERENCE]
-                seg = _spread([seg for seg, _ in values.values()], "")
-                is_best = len(rivals) > 1 and arm != REFERENCE and means[arm, budget] == max(rivals)
-                texts.append((f"**{seg}**" if is_best else seg) + _bracket([ap for _, ap in values.values()], ""))
+                own = [run for run in runs if (run["arm"], run["budget"]) == (arm, budget)]
+                rivals = [value for (a, b), value in means.items() if b == budget and a != REFERENCE]
+                is_best = arm != REFERENCE and len(rivals) > 1 and means.get((arm, budget)) == max(rivals)
+                texts.append(_cell([run["seg"] for run in own], [run.get("ap50") for run in own], bold=is_best))
             if any(texts):
                 lines.append(_row(title if arm == arms[0] else "", arm, *texts))
     return "\n".join(lines)
@@ -86,18 +92,15 @@ def paired_table() -> str:
     """Differences of SEG seed by seed, mean and standard deviation, that of AP@0.5 in brackets."""
     lines = [_row("", *PAIRS), "|---" * (1 + len(PAIRS)) + "|"]
     for title, names in CONDITIONS.items():
-        scores = scores_of(names)
+        runs = {(run["arm"], run["budget"], run["seed"]): run for run in runs_of(names)}
         texts = []
         for one, other in PAIRS.values():
-            first, second = scores.get(one, {}), scores.get(other, {})
-            seeds = sorted(first.keys() & second.keys())
-            if not seeds:
-                texts.append("")
-                continue
-            segs = [first[seed][0] - second[seed][0] for seed in seeds]
-            aps = [(first[seed][1], second[seed][1]) for seed in seeds]
-            gains = [None if a is None or b is None else a - b for a, b in aps]
-            texts.append(_spread(segs, "+") + _bracket(gains, "+"))
+            pairs = [
+                (run, runs[*other, key[2]]) for key, run in runs.items() if key[:2] == one and (*other, key[2]) in runs
+            ]
+            scores = [(first.get("ap50"), second.get("ap50")) for first, second in pairs]
+            gains = [None if a is None or b is None else a - b for a, b in scores]
+            texts.append(_cell([first["seg"] - second["seg"] for first, second in pairs], gains, sign="+"))
         lines.append(_row(title, *texts))
     return "\n".join(lines)
 
@@ -106,13 +109,14 @@ def _row(*texts: str) -> str:
     return "| " + " | ".join(texts) + " |"
 
 
-def _spread(values: list[float], sign: str) -> str:
-    return f"{_short(mean(values), 3, sign)} ± {_short(stdev(values), 3)}"
-
-
-def _bracket(values: list[float | None], sign: str) -> str:
-    known = [value for value in values if value is not None]
-    return f" ({_short(mean(known), 2, sign)})" if len(known) == len(values) else ""
+def _cell(segs: list[float], aps: list[float | None], *, bold: bool = False, sign: str = "") -> str:
+    """Mean ± standard deviation of SEG, and the mean of AP@0.5 where all runs have it."""
+    if not segs:
+        return ""
+    text = f"{_short(mean(segs), 3, sign)} ± {_short(stdev(segs), 3)}"
+    text = f"**{text}**" if bold else text
+    known = [ap for ap in aps if ap is not None]
+    return text + (f" ({_short(mean(known), 2, sign)})" if len(known) == len(aps) else "")
 
 
 def _short(value: float, digits: int, sign: str = "") -> str:
@@ -135,38 +139,18 @@ def tables() -> list[str]:
 
 def plot(file: Path) -> None:
     """SEG over annotated patches, a panel a condition; bars are standard deviations over the seeds."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    styles = {"real": ("#6b7280", "o"), "real+copy-paste": ("#d97706", "s"), "both": ("#1d4ed8", "D")}
-    figure, axes = plt.subplots(2, 3, figsize=(11, 6), sharex=True, layout="constrained")
-    for axis, (title, names) in zip(axes.flat, CONDITIONS.items()):
-        scores = scores_of(names)
-        for shift, (arm, (colour, marker)) in enumerate(styles.items()):
-            places = [i for i, budget in enumerate(BUDGETS) if (arm, budget) in scores]
-            segs = [[seg for seg, _ in scores[arm, list(BUDGETS)[i]].values()] for i in places]
-            axis.errorbar(
-                [i + 0.06 * (shift - 1) for i in places],
-                [mean(values) for values in segs],
-                [stdev(values) for values in segs],
-                color=colour,
-                marker=marker,
-                markersize=5,
-                linewidth=1.5,
-                capsize=3,
-                label={"real": "real images alone", "both": "real and synthetic (synthaug)"}.get(arm, arm),
-            )
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 3, sharex=True)
+    for axis, (title, names) in zip(axes.flat, CONDITIONS.items(), strict=True):
+        draw_scores(axis, [run for run in runs_of(names) if run["arm"] in PLOTTED], budgets=list(BUDGETS))
         axis.set_title(title, fontsize=11)
-        axis.set_xticks(range(len(BUDGETS)), BUDGETS)
-        axis.grid(axis="y", color="#e5e7eb")
-        axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[:, 0]:
         axis.set_ylabel("SEG on held-out real images")
     for axis in axes[1]:
         axis.set_xlabel("annotated 192² patches")
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    lines, arms = axes.flat[0].get_legend_handles_labels()
+    figure.legend(lines, [PLOTTED[arm] for arm in arms], loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(file, dpi=110)
 
 

@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from matplotlib.figure import Figure
 
 from synthaug import cli
 from synthaug.errors import CheckpointError, InputError
 from synthaug.evaluation import experiment_run as module
 from synthaug.evaluation.annotations import choose_patches
 from synthaug.evaluation.experiment import ExperimentConfig, run_experiment
-from synthaug.evaluation.experiment_report import gain, markdown, summary
+from synthaug.evaluation.experiment_config import ARMS
+from synthaug.evaluation.experiment_report import LOOKS, draw_scores, gain, markdown, summary
 from synthaug.hub import find_cascade
 from tests.shapes import ellipse_frame, ellipsoid_volume
 
@@ -220,6 +222,12 @@ def test_tables_and_differences() -> None:
     assert lines[0] == "| SEG | 1 | 16 | all |"
     assert lines[2] == "| real | 0.550 ± 0.071 | 0.700 ± 0.071 | 0.750 ± 0.071 |"
     assert lines[3] == "| both | 0.650 ± 0.071 |  |  |"
+    axis = Figure().subplots()
+    draw_scores(axis, results)
+    drawn = {bars.get_label(): bars.lines[0].get_ydata().tolist() for bars in axis.containers}
+    assert drawn == {"real": pytest.approx([0.55, 0.7, 0.75]), "both": pytest.approx([0.65])}
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["1", "16", "all"]
+    assert set(LOOKS) == set(ARMS)
 
 
 def test_the_command_and_its_report(data: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
@@ -234,7 +242,7 @@ def test_the_command_and_its_report(data: Path, tmp_path: Path, monkeypatch: Any
     assert not stop.value.code
     assert "| SEG | 1 | all |" in capsys.readouterr().out
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 3
     assert "http" not in page, "the page needs nothing but itself"
     stored = json.loads((out / "results.json").read_text())
     assert [r["budget"] for r in stored["runs"]] == ["1", "all"]

@@ -24,6 +24,17 @@ METRICS = {"seg": "SEG", "ap50": "AP@0.5", "ap": "AP@0.5:0.95", "f1": "F1@0.5"}
 SHOWN = 4
 """Held-out images in the report: those that the arm with the most annotations does worst on."""
 
+LOOKS = {
+    "none": ("#111827", "x"),
+    "real": ("#6b7280", "o"),
+    "real+copy-paste": ("#d97706", "s"),
+    "synthetic": ("#059669", "^"),
+    "both": ("#1d4ed8", "D"),
+    "real-2d": ("#9ca3af", "v"),
+    "real-dense": ("#7c3aed", "*"),
+}
+"""Colour and marker of an arm's scores."""
+
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#222;background:#fff}"
     "table{border-collapse:collapse;margin:1em 0}td,th{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:left}"
@@ -93,6 +104,7 @@ def write_report(out: Path, results: Sequence[Result], test: Sequence[Pair]) -> 
         f"<style>{STYLE}</style></head><body><h1>Does it help?</h1><p class='soft'>{escape(about)}</p>",
         "<p>Mean ± standard deviation over seeds. Columns: annotations granted.</p>",
         *(_table(text) for text in tables.values()),
+        _picture(_scores(results)),
         _differences(results),
         "<h2>Training loss</h2>",
         _picture(_curves(results)),
@@ -123,6 +135,50 @@ def _differences(results: Sequence[Result]) -> str:
                 text = ", ".join(f"{b}: {mean:+.3f} ± {sd:.3f}" for b, (mean, sd) in found.items())
                 lines.append(f"<li>{arm} minus {over}, SEG by annotations, paired by seed: {text}</li>")
     return f"<ul>{''.join(lines)}</ul>" if lines else ""
+
+
+def draw_scores(
+    axis: Any, results: Sequence[Result], metric: str = "seg", budgets: Sequence[str] | None = None
+) -> None:
+    """A line an arm over the budgets, the mean of its seeds; bars are their standard deviations.
+
+    Args:
+        axis: Of matplotlib.
+        results: Of `run_experiment`.
+        metric: Of `METRICS`.
+        budgets: What the axis shows; by default those that there are.
+    """
+    cells = summary(results, metric)
+    shown = sorted({b for _, b in cells}, key=order_of) if budgets is None else list(budgets)
+    arms = [arm for arm in LOOKS if any((arm, b) in cells for b in shown)]
+    for i, arm in enumerate(arms):
+        colour, marker = LOOKS[arm]
+        places = [k for k, b in enumerate(shown) if (arm, b) in cells]
+        means, spreads, _ = np.transpose([cells[arm, shown[k]] for k in places])
+        # side by side, so that bars do not hide each other
+        x = np.array(places) + 0.06 * (i - (len(arms) - 1) / 2)
+        axis.errorbar(x, means, spreads, color=colour, marker=marker, markersize=5, linewidth=1.5, capsize=3, label=arm)
+    axis.set_xticks(range(len(shown)), shown)
+    axis.set_xlim(-0.4, len(shown) - 0.6)
+    axis.grid(axis="y", color="#e5e7eb")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _scores(results: Sequence[Result]) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = ("seg", "ap50")
+    figure = Figure(figsize=(5 * len(shown), 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, metric in zip(figure.subplots(1, len(shown)), shown):
+        draw_scores(axis, results, metric)
+        axis.set_title(METRICS[metric], fontsize=10)
+        axis.set_xlabel("annotations")
+    axis.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=90)
+    return buffer.getvalue()
 
 
 def _curves(results: Sequence[Result]) -> bytes:
