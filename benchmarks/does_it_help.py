@@ -26,7 +26,7 @@ CONDITIONS = {
     "DSB2018-360": ("dsb2018_360_1500_steps", "dsb2018_360_fitted_anew", "dsb2018_360_all_frames"),
     "DSB2018-256, 15 photons": ("dsb2018_256_dim_1500_steps", "dsb2018_256_dim_fitted_anew"),
     "DSB2018-256, beside all of BBBC039": ("dsb2018_256_beside_bbbc039_1500_steps",),
-    "BBBC039, Cellpose": ("bbbc039_cellpose_narrow",),
+    "BBBC039, Cellpose": ("bbbc039_cellpose_narrow", "bbbc039_cellpose_narrow_fitted_anew"),
 }
 """Titles of rows, and the files they come from (`experiment_NAME.json`)."""
 ARMS = ("real", "both", "real+copy-paste", "synthetic")
