@@ -37,7 +37,7 @@ HEADROOM_BUDGETS = {"1": "1 patch", "4": "4", "16": "16", "64": "64", "all": "al
 
 VOLUMES = {"BBBC050": ("bbbc050_planes_1000_steps",)}
 VOLUME_ARMS = ("real", "synthetic", "both", "real-dense")
-VOLUME_BUDGETS = {"1": "1 plane", "4": "4"}
+VOLUME_BUDGETS = {"1": "1 plane", "4": "4", "16": "16"}
 
 REFERENCE = "real-dense"
 """All labels of the volumes: no rival, but what the others are to come near to."""
