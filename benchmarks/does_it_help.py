@@ -29,6 +29,7 @@ CONDITIONS = {
     "BBBC039, Cellpose": ("bbbc039_cellpose_narrow", "bbbc039_cellpose_narrow_fitted_anew"),
 }
 """Titles of rows, and the files they come from (`experiment_NAME.json`)."""
+
 ARMS = ("real", "both", "real+copy-paste", "synthetic")
 BUDGETS = {"1": "1 patch", "4": "4", "16": "16", "all": "all frames"}
 

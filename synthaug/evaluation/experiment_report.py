@@ -165,36 +165,37 @@ def draw_scores(
 
 
 def _scores(results: Sequence[Result]) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     shown = ("seg", "ap50")
     figure = Figure(figsize=(5 * len(shown), 3.5), layout="constrained")
-    FigureCanvasAgg(figure)
     for axis, metric in zip(figure.subplots(1, len(shown)), shown):
         draw_scores(axis, results, metric)
         axis.set_title(METRICS[metric], fontsize=10)
         axis.set_xlabel("annotations")
     axis.legend(fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=90)
-    return buffer.getvalue()
+    return _png(figure)
 
 
 def _curves(results: Sequence[Result]) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     trained = [r for r in results if r["loss"]]
     arms = list(dict.fromkeys(r["arm"] for r in trained))
     figure = Figure(figsize=(4 * max(len(arms), 1), 3), layout="tight")
-    FigureCanvasAgg(figure)
     for axis, arm in zip(figure.subplots(1, max(len(arms), 1), squeeze=False)[0], arms):
         for result in (r for r in trained if r["arm"] == arm):
             axis.plot(result["loss"], linewidth=0.8, label=result["budget"] if result["seed"] == 0 else None)
         axis.set_yscale("log")
         axis.set_title(arm, fontsize=9)
         axis.legend(fontsize=7)
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=90)
     return buffer.getvalue()
