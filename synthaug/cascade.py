@@ -44,7 +44,8 @@ MAX_ATTEMPTS = 12
 """How often a rejected cell is redrawn. At 5 % rejects, the chance to run out is 1 in 10^15."""
 
 REACHED = 0.8
-"""Share of the cells asked for below which a population warns; one, unless it was the only one, may always be missing."""
+"""Share of the cells below which a population warns that was asked for a number or density of them; one, unless it was the
+only one, may always be missing."""
 
 NumCells = int | tuple[int, int] | None
 
@@ -368,7 +369,7 @@ class Cascade(nn.Module):
             size: (Y, X) in pixels, or (Z, Y, X) in voxels.
             picks: For each frame the indices into `cells` to place, int64; default: as many as `num_cells` says, drawn
                 without replacement as far as there are enough.
-            num_cells, density: See `num_cells`.
+            num_cells, density: See `num_cells`; warns where much fewer than asked for here find a place.
             clustering: Probability that a cell is placed next to another one; default: fitted.
             background: "model", or "real" for the free regions of real frames.
 
@@ -384,7 +385,9 @@ class Cascade(nn.Module):
         cells = cells.to(self.background.device)  # those of a frame without any are made where the networks are
         scenes = self.population(cells, picks, noise, shape, clustering=clustering)
         asked_for, placed = int(scenes.num_requested.sum()), int(scenes.num_placed.sum())
-        if placed < REACHED * (asked_for - 1) or placed == 0 < asked_for:
+        is_short = placed < REACHED * (asked_for - 1) or placed == 0 < asked_for
+        # What nobody asked for is only counted: densities that few annotated frames borrow may be larger than fits.
+        if is_short and (num_cells is not None or density is not None):
             units = len(keys) * math.prod(shape) / 10 ** (2 * self.ndim)
             unit = "100 x 100 px" if self.ndim == 2 else "100 x 100 x 100 voxels"
             warnings.warn(
@@ -457,7 +460,12 @@ class Cascade(nn.Module):
         picks = [torch.arange(s, s + n) for s, n in zip(starts, asked)]
         cells = self.cells(names or [keys[0].child("cell", 0)])
         return self.populate(
-            cells, keys, size, picks=picks, density=density, clustering=clustering, background=background
+            *(cells, keys, size),
+            picks=picks,
+            num_cells=num_cells,
+            density=density,
+            clustering=clustering,
+            background=background,
         )
 
     # On disk ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -143,6 +144,16 @@ def test_a_density_out_of_reach_is_said_with_the_one_reached(cascade, cells):
         crowded = cascade.populate(cells, keys(1), (128, 128), num_cells=400)
     assert 5 < int(crowded.num_placed) < 100
     assert violations(crowded, cascade.config.min_area) == []
+
+
+def test_a_density_of_the_data_that_does_not_fit_is_counted_and_not_warned_of(cascade, cells, recwarn):
+    crowded = copy.deepcopy(cascade)
+    crowded.background.table[:, crowded.background.names.index("density")] = 400 / 128**2
+    made = crowded.populate(cells, keys(1), (128, 128))
+    assert int(made.num_placed) < int(made.num_requested) / 2
+    assert not any("found a free place" in str(w.message) for w in recwarn)
+    with pytest.warns(UserWarning, match="found a free place"):
+        crowded.generate(keys(1), (24, 24), num_cells=16)
 
 
 def test_a_single_missing_cell_of_a_few_is_no_reason_to_warn(cascade, cells, recwarn):
