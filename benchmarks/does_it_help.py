@@ -55,6 +55,7 @@ PAIRS = {
 PLOTTED = {
     "real": "real images alone",
     "real+copy-paste": "real+copy-paste",
+    "synthetic": "synthetic alone (synthaug)",
     "both": "real and synthetic (synthaug)",
 }
 """Arms in the picture, and their words."""
@@ -151,7 +152,7 @@ def plot(file: Path) -> None:
     for axis in axes[1]:
         axis.set_xlabel("annotated 192² patches")
     lines, arms = axes.flat[0].get_legend_handles_labels()
-    figure.legend(lines, [PLOTTED[arm] for arm in arms], loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(lines, [PLOTTED[arm] for arm in arms], loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(file, dpi=110)
 
 

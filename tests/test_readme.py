@@ -162,7 +162,8 @@ def test_the_evidence_is_what_was_measured(tmp_path: Path) -> None:
     assert [table for table in tables if table not in TEXT] == [], "run benchmarks/does_it_help.py and paste its tables"
     script["plot"](tmp_path / "curves.png")
     curves = imread(tmp_path / "curves.png")[..., :3]
-    for arm, colour in {"real": (107, 114, 128), "copy-paste": (217, 119, 6), "both": (29, 78, 216)}.items():
+    colours = {"real": (107, 114, 128), "copy-paste": (217, 119, 6), "synthetic": (5, 150, 105), "both": (29, 78, 216)}
+    for arm, colour in colours.items():
         assert (curves == colour).all(-1).sum() > 500, f"{arm} is not drawn"
 
 
