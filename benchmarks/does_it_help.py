@@ -31,13 +31,10 @@ CONDITIONS = {
 """Titles of rows, and the files they come from (`experiment_NAME.json`)."""
 
 ARMS = ("real", "both", "real+copy-paste", "synthetic")
-BUDGETS = {"1": "1 patch", "4": "4", "16": "16", "all": "all frames"}
-
-HEADROOM = {"BBBC039": ("bbbc039",), "DSB2018-256": ("dsb2018_256",), "DSB2018-360": ("dsb2018_360",)}
-HEADROOM_BUDGETS = {"1": "1 patch", "4": "4", "16": "16", "64": "64", "all": "all frames"}
+BUDGETS = {"1": "1 patch", "4": "4", "16": "16", "64": "64", "all": "all frames"}
 
 VOLUMES = {"BBBC050": ("bbbc050_planes_1000_steps",)}
-VOLUME_ARMS = ("real", "synthetic", "both", "real-dense")
+VOLUME_ARMS = ("real", "real-2d", "synthetic", "both", "real-dense")
 VOLUME_BUDGETS = {"1": "1 plane", "4": "4", "16": "16"}
 
 REFERENCE = "real-dense"
@@ -134,7 +131,6 @@ def tables() -> list[str]:
     return [
         results_table(CONDITIONS, ARMS, BUDGETS),
         paired_table(),
-        results_table(HEADROOM, ("real",), HEADROOM_BUDGETS),
         results_table(VOLUMES, VOLUME_ARMS, VOLUME_BUDGETS),
     ]
 
